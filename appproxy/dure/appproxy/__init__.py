@@ -1,0 +1,1 @@
+"""The app proxy: forwards authenticated traffic to healthy replicas, by the route table."""

@@ -1,0 +1,1 @@
+"""What every program of Dure shares on the wire: errors, names, quantities, tokens, channels, settings."""

@@ -1,0 +1,1 @@
+"""The manager: the gRPC API, the store, and every decision on what runs where."""
