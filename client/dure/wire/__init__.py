@@ -1,1 +1,3 @@
 """What every program of Dure shares on the wire: errors, names, quantities, tokens, channels, settings."""
+
+VERSION = "0.1.0"

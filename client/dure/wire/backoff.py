@@ -8,5 +8,5 @@ def backoff_s(attempt: int, *, first_s: float, max_s: float, jitter: float) -> f
 
     A fleet that lost its manager at one moment must not come back at one moment.
     """
-    full = min(max_s, first_s * 2 ** min(max(attempt, 1) - 1, 30))
+    full = min(max_s, first_s * 2.0 ** min(max(attempt, 1) - 1, 30))
     return full * (1 - jitter / 2)

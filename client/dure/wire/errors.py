@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import grpc
 from google.protobuf import any_pb2
@@ -35,7 +35,7 @@ DOMAIN = "dure"
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that is wrong with an input: where (`endpoint.resource_slots[cpu]`, `file:line: a.b`), and what."""
+    """One thing that is wrong with an input: where (`resource_slots[cpu]`, `file:line: a.b`), and what."""
 
     field: str
     description: str
@@ -213,7 +213,7 @@ def from_rpc(error: grpc.RpcError) -> DureError:
     reason: str | None = None
     violations: list[Violation] = []
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(cast(grpc.Call, error))
     except ValueError:  # the trailer and the status disagree: a proxy in between made one up
         status = None
     for detail in status.details if status is not None else ():

@@ -13,7 +13,7 @@ PROJECT_ID = ENDPOINT_ID
 MEMBER_ID = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 
 _RULES = {
-    ENDPOINT_ID: "1 to 63 lower-case letters, digits and hyphens; begins with a letter, ends with a letter or digit",
+    ENDPOINT_ID: "1 to 63 lower-case letters, digits and hyphens; a letter first, no hyphen last",
     FOLDER_ID: "1 to 64 letters, digits, `.`, `_` and `-`; begins and ends with a letter or digit",
     MEMBER_ID: "1 to 63 lower-case letters, digits, `.` and `-`; begins and ends with a letter or digit",
 }

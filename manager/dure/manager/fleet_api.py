@@ -1,0 +1,292 @@
+"""FleetService: agents join, report, and are told what is wanted of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import grpc.aio
+from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
+from dure.manager import auth, liveness, schema
+from dure.manager.fleet import Connection, Fleet
+from dure.manager.folders import Folders
+from dure.manager.intake import Intake
+from dure.manager.joining import join
+from dure.manager.model import KernelPhase
+from dure.manager.store import Store
+from dure.wire import errors
+from dure.wire.channel import PIECE_BYTES
+from sqlalchemy import select
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+HELLO_WAIT_S = 10.0
+SENDING_WAIT_S = 30.0
+PIECE_KERNELS = 32
+TEMPLATES_MAX = 1_000
+DEVICES_MAX, LIMITATIONS_MAX = 256, 50
+# Phases in which an agent has said that it has the kernel: one that is then not among what it finds is lost.
+_CONFIRMED = (KernelPhase.RUNNING, KernelPhase.STOPPING, KernelPhase.EXITED)
+
+
+class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
+    """What agents call."""
+
+    def __init__(
+        self, store: Store, fleet: Fleet, intake: Intake, folders: Folders, stop_grace_ms: int
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._intake = intake
+        self._folders = folders
+        self._stop_grace_ms = stop_grace_ms
+        self._templates: OrderedDict[tuple[str, int], tuple[fleet_pb2.KernelSpec, dict[str, Any]]] = (
+            OrderedDict()
+        )
+
+    async def Join(self, request: fleet_pb2.JoinRequest, context: Context) -> fleet_pb2.JoinResponse:
+        uid, credential = await join(self._store, "agent", request.agent, self._alive)
+        return fleet_pb2.JoinResponse(uid=uid, credential=credential)
+
+    def _alive(self, uid: str) -> bool:
+        return self._fleet.connected(uid)
+
+    async def Connect(self, _requests: Any, context: Context) -> None:  # type: ignore[override]
+        agent_uid = auth.current().uid
+        async with asyncio.timeout(HELLO_WAIT_S):
+            first = await context.read()
+        if first is grpc.aio.EOF or not first.HasField("hello"):
+            raise errors.InvalidInput("the first message of an agent's stream must be its hello")
+        hello = _checked(first.hello, context.peer())
+        await self._store_hello(agent_uid, hello)
+        connection = self._fleet.opened(agent_uid, hello.resource_group)
+        name = auth.current().name
+        log.info("agent %s connected from %s", name, context.peer())
+        observed = asyncio.Event()
+        try:
+            await _send(connection, context, fleet_pb2.ConnectResponse(welcome=self._welcome(agent_uid)))
+            tasks = [
+                asyncio.create_task(self._listen(connection, context, observed)),
+                asyncio.create_task(self._tell(connection, context, observed)),
+                asyncio.create_task(connection.replaced.wait()),
+            ]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            for task in done:
+                task.result()
+            if connection.replaced.is_set():
+                raise errors.Conflict("a newer stream of this agent took over")
+        finally:
+            self._fleet.closed(connection)
+            log.info("agent %s disconnected", name)
+
+    async def _store_hello(self, agent_uid: str, hello: fleet_pb2.Hello) -> None:
+        async with self._store.write() as tx:
+            row = await tx.session.get_one(schema.Agent, agent_uid)
+            row.hello = hello.SerializeToString(deterministic=True)
+            row.resource_group = hello.resource_group
+
+    def _welcome(self, agent_uid: str) -> fleet_pb2.Welcome:
+        return fleet_pb2.Welcome(
+            agent_uid=agent_uid,
+            heartbeat_interval_ms=liveness.HEARTBEAT_MS,
+            storage_path=str(self._folders.root),
+            storage_id=self._folders.storage_id,
+        )
+
+    async def _listen(self, connection: Connection, context: Context, observed: asyncio.Event) -> None:
+        """Takes what the agent says, until it hangs up."""
+        seen: set[str] = set()
+        while True:
+            # An agent that says nothing for three of the times after which it is lost is cut off.
+            async with asyncio.timeout(liveness.SILENCE_MS * 3 / 1000):
+                message = await context.read()
+            if message is grpc.aio.EOF:
+                return
+            self._fleet.heard(connection.agent_uid)
+            if message.HasField("heartbeat"):
+                ack = fleet_pb2.HeartbeatAck(sequence=message.heartbeat.sequence)
+                await _send(connection, context, fleet_pb2.ConnectResponse(heartbeat_ack=ack))
+            elif message.HasField("observed"):
+                if not self._intake.report(connection.agent_uid, message.observed.kernels):
+                    raise errors.ResourceExhausted("the manager is behind with reports; come again")
+                if not observed.is_set():
+                    seen.update(kernel.uid for kernel in message.observed.kernels)
+                    if message.observed.complete:
+                        await self._missing(connection.agent_uid, seen)
+                        seen.clear()
+                        observed.set()
+                        # Now it can be given work.
+                        await self._announce(connection.agent_uid)
+
+    async def _announce(self, agent_uid: str) -> None:
+        async with self._store.write() as tx:
+            tx.touch("agent", agent_uid)
+
+    async def _missing(self, agent_uid: str, seen: set[str]) -> None:
+        """Kernels that the agent once had and does not find any more."""
+        async with self._store.read() as session:
+            rows = list(
+                await session.scalars(
+                    select(schema.Kernel).where(
+                        schema.Kernel.agent_uid == agent_uid, schema.Kernel.phase != KernelPhase.GONE
+                    )
+                )
+            )
+        lost = []
+        for row in rows:
+            if row.uid in seen or (row.wanted and row.phase not in _CONFIRMED):
+                continue
+            status = fleet_pb2.KernelStatus.FromString(row.status)
+            status.uid = row.uid
+            status.phase = fleet_pb2.KERNEL_PHASE_GONE
+            if row.wanted and not status.HasField("exit"):
+                message = "the agent does not find it any more; it ended while the agent was away"
+                status.exit.CopyFrom(fleet_pb2.KernelExit(reason="LOST", code=-1, message=message))
+            lost.append(status)
+        self._intake.report(agent_uid, lost)
+
+    async def _tell(self, connection: Connection, context: Context, observed: asyncio.Event) -> None:
+        """Tells the agent what is wanted: a snapshot once it has reported all, then what changes."""
+        await observed.wait()
+        first = True
+        while True:
+            connection.dirty.clear()
+            specs, removals = await self._wanted(connection, everything=first)
+            for message in _pieces(specs, removals, snapshot=first):
+                await _send(connection, context, fleet_pb2.ConnectResponse(desired=message))
+            first = False
+            await connection.dirty.wait()
+
+    async def _wanted(
+        self, connection: Connection, *, everything: bool
+    ) -> tuple[list[fleet_pb2.KernelSpec], list[fleet_pb2.KernelRemoval]]:
+        specs: list[fleet_pb2.KernelSpec] = []
+        removals: list[fleet_pb2.KernelRemoval] = []
+        async with self._store.read() as session:
+            rows = list(
+                await session.scalars(
+                    select(schema.Kernel)
+                    .where(
+                        schema.Kernel.agent_uid == connection.agent_uid,
+                        schema.Kernel.phase != KernelPhase.GONE,
+                    )
+                    .order_by(schema.Kernel.uid)
+                )
+            )
+            for row in rows:
+                if not everything and connection.sent.get(row.uid) == row.generation:
+                    continue
+                if row.wanted:
+                    specs.append(await self._spec(session, row))
+                else:
+                    removals.append(fleet_pb2.KernelRemoval(uid=row.uid, generation=row.generation))
+        connection.sent = {row.uid: row.generation for row in rows}
+        return specs, removals
+
+    async def _spec(self, session: Any, row: schema.Kernel) -> fleet_pb2.KernelSpec:
+        replica = await session.get_one(schema.Replica, row.replica_uid)
+        key = (row.endpoint_uid, replica.revision)
+        if key not in self._templates:
+            revision = await session.get_one(schema.Revision, key)
+            template = fleet_pb2.KernelSpec.FromString(revision.kernel)
+            self._templates[key] = (template, revision.spec)
+            if len(self._templates) > TEMPLATES_MAX:
+                self._templates.popitem(last=False)
+        template, _ = self._templates[key]
+        spec = fleet_pb2.KernelSpec()
+        spec.CopyFrom(template)
+        spec.uid, spec.session_uid, spec.generation = row.uid, row.session_uid, row.generation
+        spec.replica_uid = row.replica_uid
+        spec.cluster.role, spec.cluster.index = row.role, row.index
+        spec.cluster.size = 1
+        spec.cluster.hosts.append(f"{row.role}{row.index}")
+        for slot, amount in row.slots.items():
+            spec.slots[slot] = amount
+        for share in row.devices:
+            spec.devices.add(device=share["device"], slot=share["slot"], amount=share["amount"])
+        spec.stop_grace_ms = self._stop_grace_ms
+        return spec
+
+    async def GetFolderManifest(  # type: ignore[override]
+        self, request: fleet_pb2.GetFolderManifestRequest, context: Context
+    ) -> None:
+        await self._may_read(request.folder_uid)
+        files = await self._folders.manifest(request.folder_uid)
+        for start in range(0, len(files), 1000):
+            await context.write(fleet_pb2.GetFolderManifestResponse(files=files[start : start + 1000]))
+
+    async def FetchFile(  # type: ignore[override]
+        self, request: fleet_pb2.FetchFileRequest, context: Context
+    ) -> None:
+        await self._may_read(request.folder_uid)
+        pieces = self._folders.read(request.folder_uid, request.path, request.offset, PIECE_BYTES)
+        async for data in pieces:
+            await context.write(fleet_pb2.FetchFileResponse(data=data))
+
+    async def _may_read(self, folder_uid: str) -> None:
+        """An agent reads the folders of its own kernels, no others."""
+        async with self._store.read() as session:
+            mounted = await session.scalar(
+                select(schema.Kernel.uid)
+                .join(schema.Replica, schema.Replica.uid == schema.Kernel.replica_uid)
+                .join(
+                    schema.Revision,
+                    (schema.Revision.endpoint_uid == schema.Replica.endpoint_uid)
+                    & (schema.Revision.number == schema.Replica.revision),
+                )
+                .where(
+                    schema.Kernel.agent_uid == auth.current().uid,
+                    schema.Kernel.phase != KernelPhase.GONE,
+                    schema.Revision.folder_uid == folder_uid,
+                )
+                .limit(1)
+            )
+        if mounted is None:
+            raise errors.PermissionDenied(f"no kernel of this agent mounts folder {folder_uid}")
+
+
+async def _send(connection: Connection, context: Context, message: fleet_pb2.ConnectResponse) -> None:
+    async with asyncio.timeout(SENDING_WAIT_S), connection.sending:
+        await context.write(message)
+
+
+def _checked(hello: fleet_pb2.Hello, peer: str) -> fleet_pb2.Hello:
+    """The hello, with the remote address filled in. Raises InvalidInput on nonsense."""
+    if hello.protocol_version < 1:
+        raise errors.InvalidInput("protocol_version must be at least 1; this manager speaks 1")
+    if len(hello.devices) > DEVICES_MAX or any(amount < 0 for amount in hello.slots.values()):
+        raise errors.InvalidInput(f"an agent has at most {DEVICES_MAX} devices, and no negative slots")
+    if len({device.id for device in hello.devices}) != len(hello.devices):
+        raise errors.InvalidInput("two devices of this agent have one id")
+    hello.resource_group = hello.resource_group or "default"
+    if not hello.advertise_address and peer.startswith(("ipv4:", "ipv6:")):
+        hello.advertise_address = peer.split(":", 1)[1].rsplit(":", 1)[0].strip("[]")
+    del hello.limitations[LIMITATIONS_MAX:]
+    return hello
+
+
+def _pieces(
+    specs: list[fleet_pb2.KernelSpec], removals: list[fleet_pb2.KernelRemoval], *, snapshot: bool
+) -> list[fleet_pb2.Desired]:
+    """Messages below the size limit; none if there is nothing to say, but a snapshot is always said."""
+    pieces = [
+        fleet_pb2.Desired(snapshot=snapshot, kernels=specs[start : start + PIECE_KERNELS])
+        for start in range(0, len(specs), PIECE_KERNELS)
+    ]
+    pieces += [
+        fleet_pb2.Desired(snapshot=snapshot, removals=removals[start : start + 1000])
+        for start in range(0, len(removals), 1000)
+    ]
+    if snapshot:
+        pieces = pieces or [fleet_pb2.Desired(snapshot=True)]
+        pieces[-1].complete = True
+    return pieces

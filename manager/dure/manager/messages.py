@@ -1,0 +1,123 @@
+"""Rows as messages of the public API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from dure.fleet.v1 import fleet_pb2
+from dure.manager import schema
+from dure.manager.model import KernelHealth
+from dure.v1 import endpoint_pb2, folder_pb2
+from dure.wire import names
+from dure.wire.quantities import format_slot
+from google.protobuf import timestamp_pb2
+
+_HEALTH = {
+    KernelHealth.UNKNOWN: endpoint_pb2.HEALTH_UNKNOWN,
+    KernelHealth.DEGRADED: endpoint_pb2.HEALTH_DEGRADED,
+    KernelHealth.HEALTHY: endpoint_pb2.HEALTH_HEALTHY,
+    KernelHealth.UNHEALTHY: endpoint_pb2.HEALTH_UNHEALTHY,
+}
+
+
+def timestamp(milliseconds: int) -> timestamp_pb2.Timestamp:
+    result = timestamp_pb2.Timestamp()
+    result.FromMilliseconds(milliseconds)
+    return result
+
+
+def endpoint(
+    row: schema.Endpoint,
+    project: str,
+    revision: schema.Revision,
+    replicas: Iterable[endpoint_pb2.Replica] = (),
+) -> endpoint_pb2.Endpoint:
+    spec = revision.spec
+    message = endpoint_pb2.Endpoint(
+        name=names.endpoint(project, row.name),
+        uid=row.uid,
+        etag=row.etag,
+        create_time=timestamp(row.created_ms),
+        update_time=timestamp(row.updated_ms),
+        model=names.folder(project, spec["folder"]),
+        runtime=spec["runtime"],
+        model_mount_destination=spec["model_mount_destination"],
+        model_definition_path=spec["model_definition_path"],
+        replica_count=row.replica_count,
+        open_to_public=row.open_to_public,
+        resource_group=spec["resource_group"],
+        resource_slots={slot: format_slot(slot, amount) for slot, amount in spec["slots"].items()},
+        environ=spec["environ"],
+        status=endpoint_pb2.EndpointStatus.Value(f"ENDPOINT_STATUS_{row.status}"),
+        status_reason=row.status_reason,
+        address=row.address,
+        revision=row.revision,
+        desired_replicas=row.desired_replicas,
+        ready_replicas=row.ready_replicas,
+        replicas=replicas,
+        errors=row.errors,
+    )
+    for condition in row.conditions:
+        message.conditions.add(type=condition["type"], message=condition["message"])
+    return message
+
+
+def replica(
+    row: schema.Replica,
+    kernels: Iterable[schema.Kernel],
+    agent_names: Mapping[str, str],
+    project: str,
+    endpoint_name: str,
+) -> endpoint_pb2.Replica:
+    message = endpoint_pb2.Replica(
+        name=names.replica(project, endpoint_name, row.uid),
+        uid=row.uid,
+        revision=row.revision,
+        status=endpoint_pb2.ReplicaStatus.Value(f"REPLICA_STATUS_{row.status}"),
+        health=endpoint_pb2.HEALTH_UNKNOWN,
+        reason=row.reason,
+        create_time=timestamp(row.created_ms),
+    )
+    ordered = sorted(kernels, key=lambda kernel: (kernel.role, kernel.index))
+    for kernel in ordered:
+        for share in kernel.devices:
+            amount = format_slot(share["slot"], share["amount"])
+            message.devices.add(device=share["device"], slot=share["slot"], amount=amount)
+    if ordered:
+        main = ordered[0]
+        status = fleet_pb2.KernelStatus.FromString(main.status)
+        message.session = row.session_uid
+        message.node = agent_names.get(main.agent_uid, main.agent_uid)
+        message.health = _HEALTH[KernelHealth(main.health)]
+        message.pid = status.pid
+        if status.port:
+            host = f"[{status.host}]" if ":" in status.host else status.host
+            message.target = f"{host}:{status.port}"
+        message.probe.consecutive_failures = status.consecutive_failures
+        message.probe.status_code = status.probe_status_code
+        message.probe.detail = status.probe_detail
+        if status.HasField("exit") and status.exit.code >= 0:
+            message.exit_code = status.exit.code
+    return message
+
+
+def folder(row: schema.Folder, project: str, file_count: int, size_bytes: int) -> folder_pb2.Folder:
+    return folder_pb2.Folder(
+        name=names.folder(project, row.name),
+        uid=row.uid,
+        usage=folder_pb2.FolderUsage.Value(f"FOLDER_USAGE_{row.usage}"),
+        create_time=timestamp(row.created_ms),
+        file_count=file_count,
+        size_bytes=size_bytes,
+    )
+
+
+def event(row: schema.Event, project: str, endpoint_name: str) -> endpoint_pb2.Event:
+    return endpoint_pb2.Event(
+        name=names.event(project, endpoint_name, row.uid),
+        time=timestamp(row.time_ms),
+        reason=row.reason,
+        message=row.message,
+        replica=row.replica_uid,
+        warning=row.warning,
+    )

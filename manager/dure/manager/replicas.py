@@ -1,0 +1,415 @@
+"""What becomes of an endpoint's replicas: the reconciler, a function of stored state and the clock.
+
+`reconcile` compares what an endpoint wants with the replicas that it has and returns a Plan: replicas to
+create, to move to another status, to drain, to stop, and when to look again. The controller applies it.
+
+A replica's life (one table, `MOVES`):
+
+    PENDING ──placed──> STARTING ──command runs──> DEGRADED ──probe──> HEALTHY <──> UNHEALTHY
+       any of them ──not wanted──> TERMINATING ──gone──> TERMINATED
+       any of them ──ended by itself──> FAILED
+
+Losing an agent changes no replica's status: its sessions most likely still serve. Only when the agent
+was given up on are replacements started, and only when those are healthy, or LOST_KEEP_MS have passed,
+do the old ones leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from dure.manager.model import (
+    EndpointStatus,
+    EndpointView,
+    KernelHealth,
+    KernelPhase,
+    ReplicaStatus,
+    ReplicaView,
+    Surroundings,
+)
+
+S = ReplicaStatus
+
+MOVES: dict[ReplicaStatus, frozenset[ReplicaStatus]] = {
+    S.PENDING: frozenset({S.STARTING, S.TERMINATING, S.TERMINATED, S.FAILED}),
+    S.STARTING: frozenset({S.DEGRADED, S.HEALTHY, S.UNHEALTHY, S.TERMINATING, S.FAILED}),
+    S.DEGRADED: frozenset({S.HEALTHY, S.UNHEALTHY, S.TERMINATING, S.FAILED}),
+    S.HEALTHY: frozenset({S.UNHEALTHY, S.TERMINATING, S.FAILED}),
+    S.UNHEALTHY: frozenset({S.HEALTHY, S.TERMINATING, S.FAILED}),
+    S.TERMINATING: frozenset({S.TERMINATED}),
+    S.TERMINATED: frozenset(),
+    S.FAILED: frozenset(),
+}
+
+FAILURES_MAX = 5
+BACKOFF_FIRST_MS, BACKOFF_MAX_MS = 1_000, 60_000
+# A replica that was healthy for this long ends a series of failures.
+STABLE_MS = 10_000
+UNHEALTHY_GRACE_MS = 60_000
+DRAIN_GRACE_MS = 30_000
+# How long replicas of an agent that was given up on stay in the route without a replacement.
+LOST_KEEP_MS = 60_000
+SURGE = 1
+# Replicas are made in steps, so that no transaction grows without bound.
+CREATE_MAX = 50
+# Exits that say nothing about the replica's own command.
+_INFRASTRUCTURE = frozenset({"NODE_REBOOTED", "LOST"})
+
+
+class IllegalMove(Exception):
+    """A bug: a status that cannot follow another."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A replica changes its status; `stop` ends its kernels, `drain` takes it out of the route first."""
+
+    uid: str
+    status: ReplicaStatus
+    reason: str
+    event: str = ""
+    warning: bool = False
+    stop: bool = False
+    drain: bool = False
+
+
+@dataclass
+class Plan:
+    """What to do. `look_again_ms` is when the clock alone may change the decision."""
+
+    create: int = 0
+    moves: list[Move] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    clear_errors: bool = False
+    failures: int = 0
+    failed_ms: int = 0
+    blocked: bool = False
+    status: EndpointStatus = EndpointStatus.PENDING
+    reason: str = ""
+    gone: bool = False
+    look_again_ms: int | None = None
+
+    def look_at(self, at_ms: int) -> None:
+        if self.look_again_ms is None or at_ms < self.look_again_ms:
+            self.look_again_ms = at_ms
+
+
+def status_of(replica: ReplicaView) -> ReplicaStatus:
+    """Where a replica that is not leaving stands, by its kernels alone."""
+    if not replica.kernels:
+        return S.PENDING
+    if any(kernel.phase in (KernelPhase.EXITED, KernelPhase.GONE) for kernel in replica.kernels):
+        return S.FAILED
+    if any(kernel.phase is not KernelPhase.RUNNING for kernel in replica.kernels):
+        # Once it ran, a kernel that says otherwise for a moment (an agent that adopts it) is no news.
+        return S.STARTING if replica.status in (S.PENDING, S.STARTING) else replica.status
+    return {
+        KernelHealth.UNKNOWN: S.DEGRADED,
+        KernelHealth.DEGRADED: S.DEGRADED,
+        KernelHealth.HEALTHY: S.HEALTHY,
+        KernelHealth.UNHEALTHY: S.UNHEALTHY,
+    }[replica.kernels[0].health]
+
+
+def in_route(replica: ReplicaView) -> bool:
+    """Whether a replica takes new requests."""
+    return replica.status is S.HEALTHY and not replica.draining
+
+
+def backoff_ms(failures: int) -> int:
+    """Pause before the next start after so many failures in a row."""
+    if failures == 0:
+        return 0
+    return int(min(BACKOFF_MAX_MS, BACKOFF_FIRST_MS * 2 ** min(failures - 1, 10)))
+
+
+def reconcile(endpoint: EndpointView, replicas: Sequence[ReplicaView], around: Surroundings) -> Plan:
+    """The whole decision. `replicas` are all that have not ended, oldest first."""
+    plan = Plan(failures=endpoint.failures, failed_ms=endpoint.failed_ms, blocked=endpoint.blocked)
+    current = {replica.uid: replica for replica in replicas if replica.living}
+    _observe(endpoint, current, around, plan)
+    _retire(endpoint, current, around, plan)
+    _leave(current, around, plan)
+    if endpoint.deleting:
+        plan.gone = not current and not around.lingering
+    else:
+        _grow(endpoint, current, around, plan)
+    plan.status, plan.reason = _status(endpoint, list(current.values()), around, plan)
+    return plan
+
+
+def _move(plan: Plan, current: dict[str, ReplicaView], move: Move) -> None:
+    replica = current[move.uid]
+    if move.status is not replica.status and move.status not in MOVES[replica.status]:
+        raise IllegalMove(f"{replica.uid}: {replica.status} -> {move.status} ({move.reason})")
+    plan.moves.append(move)
+    if move.status in (S.TERMINATED, S.FAILED):
+        del current[move.uid]
+    else:
+        current[move.uid] = replace(
+            replica,
+            status=move.status,
+            was_healthy=replica.was_healthy or move.status is S.HEALTHY,
+            draining=replica.draining or move.drain,
+            reason=move.reason,
+        )
+
+
+def _observe(
+    endpoint: EndpointView, current: dict[str, ReplicaView], around: Surroundings, plan: Plan
+) -> None:
+    """Takes over what agents report of replicas that are not leaving."""
+    for replica in list(current.values()):
+        if replica.leaving:
+            continue
+        status = status_of(replica)
+        if status is S.FAILED:
+            _fail_by_exit(endpoint, current, replica, around, plan)
+        elif status is not replica.status:
+            reason = next((kernel.message for kernel in replica.kernels if kernel.message), "")
+            _move(plan, current, _observed_move(replica, status, reason))
+            if status is S.HEALTHY:
+                plan.clear_errors = True
+        # A success that came after the last failure and held ends the series. One from before says
+        # nothing: a replica may serve for days while its neighbour cannot start.
+        if status is S.HEALTHY and plan.failures and replica.healthy_since_ms > plan.failed_ms:
+            healthy_ms = around.now_ms - replica.healthy_since_ms
+            if healthy_ms >= STABLE_MS:
+                plan.failures, plan.failed_ms = 0, 0
+            else:
+                plan.look_at(around.now_ms + STABLE_MS - healthy_ms)
+        if status is S.UNHEALTHY:
+            since_ms = replica.since_ms if replica.status is S.UNHEALTHY else around.now_ms
+            if around.now_ms - since_ms >= UNHEALTHY_GRACE_MS:
+                reason = (
+                    f"unhealthy for {UNHEALTHY_GRACE_MS // 1000} s"
+                    + (f" ({replica.reason})" if replica.reason else "")
+                    + "; it is replaced"
+                )
+                _fail(endpoint, current, replica, around, plan, reason, counts=not replica.was_healthy)
+            else:
+                plan.look_at(since_ms + UNHEALTHY_GRACE_MS)
+
+
+def _observed_move(replica: ReplicaView, status: ReplicaStatus, reason: str) -> Move:
+    events = {
+        S.HEALTHY: ("REPLICA_HEALTHY", "answers its health check and takes traffic", False),
+        S.UNHEALTHY: ("REPLICA_UNHEALTHY", "failed its health check too often and takes no traffic", True),
+        S.DEGRADED: ("REPLICA_STARTED", "its command runs; waiting for its health check", False),
+    }
+    event, sentence, warning = events.get(status, ("", "", False))
+    return Move(replica.uid, status, reason or ("" if status is S.HEALTHY else sentence), event, warning)
+
+
+def _fail_by_exit(
+    endpoint: EndpointView,
+    current: dict[str, ReplicaView],
+    replica: ReplicaView,
+    around: Surroundings,
+    plan: Plan,
+) -> None:
+    exited = next((kernel for kernel in replica.kernels if kernel.exit is not None), None)
+    ended = exited.exit if exited is not None else None
+    if exited is None or ended is None:
+        reason, infrastructure = "its agent no longer has it", True
+    else:
+        reason = ended.message or f"ended with {ended.reason} (exit code {ended.code})"
+        if ended.log_tail.strip():
+            last = " | ".join(line for line in ended.log_tail.strip().splitlines()[-5:] if line.strip())
+            reason += f"; last log lines: {last[:600]}"
+        reason = f"on {exited.agent_name}: {reason}"
+        infrastructure = ended.reason in _INFRASTRUCTURE
+    # One that served and then died is replaced; only those that never came up lead to BLOCKED.
+    counts = not infrastructure and not replica.was_healthy
+    _fail(endpoint, current, replica, around, plan, reason, counts=counts, quiet=infrastructure)
+
+
+def _fail(
+    endpoint: EndpointView,
+    current: dict[str, ReplicaView],
+    replica: ReplicaView,
+    around: Surroundings,
+    plan: Plan,
+    reason: str,
+    *,
+    counts: bool,
+    quiet: bool = False,
+) -> None:
+    stable = replica.was_healthy and around.now_ms - replica.healthy_since_ms >= STABLE_MS
+    _move(plan, current, Move(replica.uid, S.FAILED, reason, "REPLICA_FAILED", warning=True, stop=True))
+    if quiet or endpoint.deleting:
+        return
+    # Losing a replica that had served for a while is answered at once: the series begins after it.
+    plan.failures = 0 if stable else plan.failures + 1
+    plan.failed_ms = around.now_ms
+    if counts:
+        plan.errors.append(f"replica {replica.uid[-6:]}: {reason}")
+        # Errors in a row: a success between would have cleared the stored ones.
+        stored = 0 if plan.clear_errors else len(endpoint.errors)
+        if stored + len(plan.errors) >= FAILURES_MAX:
+            plan.blocked = True
+
+
+def _retire(
+    endpoint: EndpointView, current: dict[str, ReplicaView], around: Surroundings, plan: Plan
+) -> None:
+    """Sends away what is too much: scale in, an old revision, the replaced, everything of a deletion."""
+    staying = [replica for replica in current.values() if not replica.leaving]
+    if endpoint.deleting:
+        for replica in staying:
+            _terminate(current, replica, plan, "the endpoint is being deleted")
+        return
+    doomed = [replica for replica in staying if _doomed(replica, around)]
+    sound = [replica for replica in staying if replica not in doomed]
+    new = [replica for replica in sound if replica.revision == endpoint.revision]
+    old = [replica for replica in sound if replica.revision != endpoint.revision]
+    serving_new = sum(1 for replica in new if in_route(replica))
+
+    for replica in _least_useful_first(new)[: max(0, len(new) - endpoint.desired)]:
+        _terminate(current, replica, plan, "scaled in")
+    useless = [replica for replica in old if not in_route(replica)]
+    for replica in useless:
+        _terminate(current, replica, plan, f"revision {replica.revision} is replaced")
+    serving_old = _least_useful_first([replica for replica in old if in_route(replica)])
+    keep_old = max(0, endpoint.desired - serving_new)
+    for replica in serving_old[: max(0, len(serving_old) - keep_old)]:
+        _terminate(current, replica, plan, f"revision {replica.revision} is replaced")
+
+    # Replicas of an agent that was given up on most likely still serve: they leave one by one as
+    # replacements become healthy, or when there has been none for too long.
+    missing = max(0, endpoint.desired - serving_new - min(len(serving_old), keep_old))
+    serving_lost = [replica for replica in _least_useful_first(doomed) if in_route(replica)]
+    for replica in doomed:
+        away_ms = max(around.lost_ms.get(kernel.agent_uid, 0) for kernel in replica.kernels)
+        node = replica.kernels[0].agent_name
+        if not in_route(replica):
+            reason = f"agent {node} is lost, and it did not serve"
+        elif replica in serving_lost[: max(0, len(serving_lost) - missing)]:
+            reason = f"agent {node} is lost; a replacement serves"
+        elif away_ms >= LOST_KEEP_MS:
+            reason = f"agent {node} has been lost for {LOST_KEEP_MS // 1000} s"
+        else:
+            plan.look_at(around.now_ms + LOST_KEEP_MS - away_ms)
+            continue
+        _move(plan, current, Move(replica.uid, S.FAILED, reason, "REPLICA_LOST", warning=True, stop=True))
+
+
+def _doomed(replica: ReplicaView, around: Surroundings) -> bool:
+    return any(kernel.agent_uid in around.given_up for kernel in replica.kernels)
+
+
+_USEFULNESS = {S.PENDING: 0, S.STARTING: 1, S.UNHEALTHY: 2, S.DEGRADED: 3, S.HEALTHY: 4}
+
+
+def _least_useful_first(replicas: Sequence[ReplicaView]) -> list[ReplicaView]:
+    """Pending, starting, unhealthy, degraded, healthy; the newest first within each."""
+    return sorted(
+        replicas, key=lambda replica: (_USEFULNESS[replica.status], -replica.created_ms, replica.uid)
+    )
+
+
+def _terminate(current: dict[str, ReplicaView], replica: ReplicaView, plan: Plan, why: str) -> None:
+    if not replica.kernels:
+        _move(plan, current, Move(replica.uid, S.TERMINATED, why))
+        return
+    drain = in_route(replica)
+    event = "REPLICA_DRAINING" if drain else "REPLICA_STOPPING"
+    _move(plan, current, Move(replica.uid, S.TERMINATING, why, event, stop=not drain, drain=drain))
+
+
+def _leave(current: dict[str, ReplicaView], around: Surroundings, plan: Plan) -> None:
+    """Moves on what is being drained and stopped."""
+    moved = {move.uid for move in plan.moves}
+    for replica in list(current.values()):
+        if replica.status is not S.TERMINATING:
+            continue
+        if replica.uid in moved:
+            plan.look_at(around.now_ms + DRAIN_GRACE_MS)
+            continue
+        if all(kernel.phase is KernelPhase.GONE for kernel in replica.kernels):
+            reason = replica.reason or "stopped"
+            _move(plan, current, Move(replica.uid, S.TERMINATED, reason, "REPLICA_STOPPED"))
+            continue
+        if any(kernel.wanted for kernel in replica.kernels):
+            ended = any(kernel.phase is KernelPhase.EXITED for kernel in replica.kernels)
+            over = around.now_ms - replica.since_ms >= DRAIN_GRACE_MS
+            if not replica.draining or ended or over or replica.uid in around.drained:
+                plan.stop.append(replica.uid)
+            else:
+                plan.look_at(replica.since_ms + DRAIN_GRACE_MS)
+        elif all(
+            kernel.phase is KernelPhase.GONE or kernel.agent_uid in around.given_up
+            for kernel in replica.kernels
+        ):
+            # Its agent will clean up when it is back; the grant is held until then.
+            reason = "its agent is lost; whatever is left of it there ends when the agent is back"
+            _move(plan, current, Move(replica.uid, S.TERMINATED, reason, "REPLICA_STOPPED", warning=True))
+
+
+def _grow(endpoint: EndpointView, current: dict[str, ReplicaView], around: Surroundings, plan: Plan) -> None:
+    if plan.blocked:
+        return
+    staying = [replica for replica in current.values() if not replica.leaving]
+    sound = [replica for replica in staying if not _doomed(replica, around)]
+    new = sum(1 for replica in sound if replica.revision == endpoint.revision)
+    old = len(sound) - new
+    wanted = min(endpoint.desired, endpoint.desired + SURGE - old) - new
+    if wanted <= 0:
+        return
+    ready_ms = plan.failed_ms + backoff_ms(plan.failures) if plan.failures else 0
+    if around.now_ms < ready_ms:
+        plan.look_at(ready_ms)
+        return
+    plan.create = min(wanted, CREATE_MAX)
+    if wanted > CREATE_MAX:
+        plan.look_at(around.now_ms)
+
+
+def _status(
+    endpoint: EndpointView, replicas: Sequence[ReplicaView], around: Surroundings, plan: Plan
+) -> tuple[EndpointStatus, str]:
+    """The first that holds, with a sentence."""
+    E = EndpointStatus
+    staying = [replica for replica in replicas if not replica.leaving]
+    leaving = len(replicas) - len(staying)
+    healthy = [replica for replica in staying if in_route(replica)]
+    pending = [replica for replica in staying if replica.status is S.PENDING]
+    starting = [replica for replica in staying if replica.status in (S.STARTING, S.DEGRADED)]
+    errors = ([] if plan.clear_errors else list(endpoint.errors)) + plan.errors
+    last = f"; last error: {errors[-1]}" if errors else ""
+    if endpoint.deleting:
+        left = leaving + around.lingering
+        return E.TERMINATING, f"{left} replica(s) are still draining or stopping" if left else ""
+    if plan.blocked:
+        return E.BLOCKED, (
+            f"{len(errors)} replicas in a row failed before they became healthy{last}; "
+            f"mend the cause, then run: dure endpoint retry {endpoint.name}"
+        )
+    if endpoint.desired == 0:
+        return E.STOPPED, "zero replicas are wanted"
+    old = [replica for replica in staying if replica.revision != endpoint.revision]
+    if old:
+        return E.UPDATING, f"revision {endpoint.revision} replaces {len(old)} replica(s) of older ones"
+    if len(healthy) >= endpoint.desired:
+        if around.published:
+            return E.HEALTHY, ""
+        return E.DEGRADED, "the proxies are taking up the route"
+    if pending and not starting and not healthy:
+        return E.PENDING, pending[0].reason or "waiting for a place"
+    if not healthy and not starting:
+        if plan.create:
+            return E.PENDING, f"{plan.create} replica(s) are being placed{last}"
+        wait_s = max(0.0, (plan.failed_ms + backoff_ms(plan.failures) - around.now_ms) / 1000)
+        next_start = f"the next start is in {wait_s:.0f} s{last}" if not staying else ""
+        return E.UNHEALTHY, next_start or staying[0].reason or "no replica is healthy"
+    parts = [f"{len(healthy)} of {endpoint.desired} healthy"]
+    if starting:
+        parts.append(f"{len(starting)} starting")
+    if pending:
+        parts.append(f"{len(pending)} waiting for a place: {pending[0].reason or 'not tried yet'}")
+    if plan.failures and not plan.create and len(staying) < endpoint.desired:
+        wait_s = max(0.0, (plan.failed_ms + backoff_ms(plan.failures) - around.now_ms) / 1000)
+        parts.append(f"next start in {wait_s:.0f} s{last}")
+    return E.DEGRADED, ", ".join(parts)
