@@ -66,9 +66,9 @@ def parse_slot(slot: str, text: str) -> int:
     elif unit:
         raise ValueError(f"`{text[:60]}`: `{slot}` has no unit; write a number such as `{_EXAMPLES[slot]}`")
     if slot == SHARES and (number * 100) % 1 != 0:
+        below, above = (number.quantize(Decimal("0.01"), way) for way in ("ROUND_FLOOR", "ROUND_CEILING"))
         raise ValueError(
-            f"`{text[:60]}` is not a multiple of 0.01: 1.00 is one GPU; the nearest are "
-            f"{number.quantize(Decimal('0.01'), 'ROUND_FLOOR')} and {number.quantize(Decimal('0.01'), 'ROUND_CEILING')}"
+            f"`{text[:60]}` is not a multiple of 0.01 (1.00 is one GPU); the nearest are {below} and {above}"
         )
     if slot == DEVICES and number % 1 != 0:
         raise ValueError(

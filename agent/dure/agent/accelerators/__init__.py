@@ -1,1 +1,51 @@
-"""Accelerator plug-ins."""
+"""Accelerator plug-ins: entry points of the group `dure.agent.accelerators` name classes of this contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dure.fleet.v1 import fleet_pb2
+
+SHARES_PER_DEVICE_MILLI = 1000
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a plug-in found. `limitations` are sentences for people: a driver that does not answer, say."""
+
+    devices: tuple[fleet_pb2.Device, ...] = ()
+    limitations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the agent tells its plug-ins. `found` is what those before found."""
+
+    agent: str
+    simulated_gpus: int
+    found: Sequence[fleet_pb2.Device] = ()
+
+
+class Accelerator(Protocol):
+    """Finds the devices of one kind."""
+
+    name: str
+    # Plug-ins are asked in this order.
+    order: int
+
+    async def find(self, request: Request) -> Found:
+        """Never raises for what a driver does."""
+
+
+def device(id: str, model: str, memory_bytes: int, accelerator: str) -> fleet_pb2.Device:
+    """A healthy device that offers itself in shares or as a whole."""
+    return fleet_pb2.Device(
+        id=id,
+        model=model,
+        memory_bytes=memory_bytes,
+        accelerator=accelerator,
+        slots={"cuda.shares": SHARES_PER_DEVICE_MILLI, "cuda.device": SHARES_PER_DEVICE_MILLI},
+        healthy=True,
+    )

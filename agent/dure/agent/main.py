@@ -1,0 +1,338 @@
+"""`dure agent`: the command, and the order in which its parts come up and go down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+import click
+import uvloop
+from dure.agent import machine, ports, prober
+from dure.agent.accelerators import Accelerator, Found, Request
+from dure.agent.backends.base import Abilities, Backend
+from dure.agent.folders import Folders
+from dure.agent.leases import Leases, default_lease_dir
+from dure.agent.link import Link, Refused
+from dure.agent.runner import Node
+from dure.agent.storage import ManagerStorage
+from dure.agent.supervisor import Supervisor
+from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
+from dure.wire import channel, identity, logs, names, programs, quantities, settings
+from dure.wire.backoff import backoff_s
+from dure.wire.errors import DureError
+
+PROTOCOL_VERSION = 1
+BACKEND = "process"
+_NOT_RECORDED = ("data_dir", "name", "join_token", "stop_sessions")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options, checked. `home` is the agent's own folder."""
+
+    name: str
+    home: Path
+    manager: str
+    join_token: str
+    resource_group: str
+    advertise_address: str
+    simulated_gpus: int
+    cpu_milli: int
+    memory_milli: int
+    session_ports: range
+    lease_dir: Path
+    folder_cache_bytes: int
+
+
+def _take_up(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Makes what an agent was given the first time the defaults, once its folder and name are known."""
+    context.meta[f"dure.{parameter.name}"] = value
+    data_dir, known = context.meta.get("dure.data_dir"), "dure.name" in context.meta
+    if data_dir is None or not known:
+        return value
+    name = context.meta["dure.name"] or _only_member(data_dir)
+    context.meta["dure.name"] = name
+    settings.apply_recorded(context, programs.agent_dir(data_dir, name) / "settings.toml")
+    return value
+
+
+def _only_member(data_dir: Path) -> str:
+    recorded = programs.recorded_members(data_dir, "agents")
+    if len(recorded) > 1:
+        raise click.UsageError(
+            f"{data_dir} has several agents ({', '.join(recorded)}): say which with --name"
+        )
+    return recorded[0] if recorded else "agent-1"
+
+
+@click.command(name="agent", context_settings=settings.CONTEXT_SETTINGS)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=settings.default_data_dir,
+    show_default="~/.local/share/dure",
+    is_eager=True,
+    callback=_take_up,
+    help="Folder of all state.",
+)
+@click.option(
+    "--name",
+    is_eager=True,
+    callback=_take_up,
+    show_default="the one recorded in the data folder, else agent-1",
+    help="Name of this agent.",
+)
+@click.option("--manager", default="127.0.0.1:7070", show_default=True, help="Address of the manager.")
+@click.option("--join-token", default="", help="Secret for the first join; not kept.  [env: DURE_JOIN_TOKEN]")
+@click.option(
+    "--resource-group", default="default", show_default=True, help="Group that its node belongs to."
+)
+@click.option(
+    "--advertise-address",
+    default="",
+    show_default="its local address towards the manager",
+    help="Address at which proxies reach its sessions.",
+)
+@click.option(
+    "--simulated-gpus",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    help="GPUs to pretend, if the node has none.",
+)
+@click.option("--cpus", default="", show_default="all", help="Cores to offer, such as 3.5.")
+@click.option("--memory", default="", show_default="all", help="Memory to offer, such as 16g.")
+@click.option("--session-ports", default="20000-29999", show_default=True, help="Ports to lease to sessions.")
+@click.option(
+    "--lease-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=default_lease_dir,
+    show_default="/run/dure as root, else /tmp/dure-UID",
+    help="Where all agents of this host keep their port leases.",
+)
+@click.option(
+    "--folder-cache", default="100g", show_default=True, help="Bound of the cache of fetched folders."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least level that is logged.",
+)
+@click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there, not to stderr.")
+@click.option("--stop-sessions", is_flag=True, help="Stop all sessions that an agent left running, and exit.")
+@click.pass_context
+def main(context: click.Context, /, **given: Any) -> None:
+    """Runs the sessions of one node.
+
+    SIGTERM ends the agent and leaves its sessions running; SIGINT (Ctrl-C) stops them too.
+    """
+    data_dir: Path = given["data_dir"]
+    options = _checked(context.meta["dure.name"], given)
+    logs.set_up(given["log_level"], given["log_file"])
+    try:
+        with programs.running(data_dir, options.name, options.home):
+            if given["stop_sessions"]:
+                uvloop.run(_stop_sessions(options))
+                return
+            if identity.load(options.home) is None and not options.join_token:
+                raise click.ClickException(
+                    f"agent `{options.name}` has not joined yet: give it a join token, made by an "
+                    "administrator of the manager, with --join-token or DURE_JOIN_TOKEN"
+                )
+            kept = {key: _plain(value) for key, value in given.items() if key not in _NOT_RECORDED}
+            settings.write_toml(options.home / "settings.toml", kept)
+            uvloop.run(_serve(options))
+    except (DureError, Refused) as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"cannot run agent `{options.name}`: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    return str(value.absolute()) if isinstance(value, Path) else value
+
+
+def _checked(name: str, given: dict[str, Any]) -> Options:
+    """Raises click.UsageError that says what is wrong."""
+    violation = names.check_id(name, names.MEMBER_ID, "--name")
+    if violation is not None:
+        raise click.BadParameter(violation.description, param_hint="--name")
+    host, colon, port = given["manager"].rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise click.BadParameter(f"`{given['manager']}` is not HOST:PORT", param_hint="--manager")
+    try:
+        session_ports = ports.parse_range(given["session_ports"])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--session-ports") from error
+    return Options(
+        name=name,
+        home=programs.agent_dir(given["data_dir"].absolute(), name),
+        manager=given["manager"],
+        join_token=given["join_token"],
+        resource_group=given["resource_group"],
+        advertise_address=given["advertise_address"],
+        simulated_gpus=given["simulated_gpus"],
+        cpu_milli=_amount("--cpus", quantities.CPU, given["cpus"]) or machine.cpu_milli(),
+        memory_milli=_amount("--memory", quantities.MEM, given["memory"])
+        or machine.memory_bytes() * quantities.MILLI,
+        session_ports=session_ports,
+        lease_dir=given["lease_dir"],
+        folder_cache_bytes=_amount("--folder-cache", quantities.MEM, given["folder_cache"])
+        // quantities.MILLI,
+    )
+
+
+def _amount(option: str, slot: str, text: str) -> int:
+    """Milli-units, 0 if it is not given."""
+    if not text:
+        return 0
+    try:
+        return quantities.parse_slot(slot, text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=option) from error
+
+
+async def _serve(options: Options) -> None:
+    """Until a signal comes. Raises Refused if the manager does not let it join."""
+    asked = _on_signals()
+    host = options.advertise_address or await _advertised(options.manager, asked)
+    backend = _load_backend(options.home)
+    abilities = await backend.probe()
+    found = await _find_devices(options)
+    hello = _hello(options, host, backend.name, abilities, found)
+    for limitation in hello.limitations:
+        _log.warning("%s", limitation)
+    async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
+        stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(connection)
+        storage = ManagerStorage(stub)
+        node = _node(options, host, backend, {one.id: one for one in found.devices}, storage, http)
+        supervisor = Supervisor(options.home, node)
+        await supervisor.adopt()
+        link = asyncio.create_task(
+            Link(
+                name=options.name,
+                home=options.home,
+                join_token=options.join_token,
+                hello=hello,
+                stub=stub,
+                supervisor=supervisor,
+                storage=storage,
+            ).run()
+        )
+        waited: set[asyncio.Future[Any]] = {asked, link}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # First: the manager must not answer the end of sessions by placing new ones here.
+            link.cancel()
+            await asyncio.wait({link})
+        if asked.done() and asked.result() == signal.SIGINT:
+            _log.info("stopping all sessions")
+            await supervisor.stop_all()
+        else:
+            await supervisor.detach()
+        if not link.cancelled() and (error := link.exception()) is not None:
+            raise error
+
+
+async def _stop_sessions(options: Options) -> None:
+    backend = _load_backend(options.home)
+    await backend.probe()
+    async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
+        storage = ManagerStorage(fleet_pb2_grpc.FleetServiceStub(connection))
+        supervisor = Supervisor(options.home, _node(options, "127.0.0.1", backend, {}, storage, http))
+        await supervisor.stop_found()
+
+
+def _node(
+    options: Options,
+    host: str,
+    backend: Backend,
+    devices: dict[str, fleet_pb2.Device],
+    storage: ManagerStorage,
+    http: Any,
+) -> Node:
+    return Node(
+        agent=options.name,
+        host=host,
+        backend=backend,
+        leases=Leases(options.lease_dir, options.session_ports),
+        folders=Folders(options.home, storage, options.folder_cache_bytes),
+        devices=devices,
+        http=http,
+    )
+
+
+def _on_signals() -> asyncio.Future[signal.Signals]:
+    loop = asyncio.get_running_loop()
+    asked: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def ask(number: signal.Signals) -> None:
+        if not asked.done():
+            asked.set_result(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask, number)
+    return asked
+
+
+async def _advertised(manager: str, asked: asyncio.Future[signal.Signals]) -> str:
+    """Empty if a signal came first."""
+    attempt = 0
+    while not asked.done():
+        try:
+            return await machine.local_address(manager)
+        except OSError as error:
+            attempt += 1
+            if attempt == 1:
+                _log.warning("cannot find the way to the manager at %s (%s); trying again", manager, error)
+            await asyncio.wait({asked}, timeout=backoff_s(attempt, first_s=0.1, max_s=1.0, jitter=0.0))
+    return ""
+
+
+def _load_backend(home: Path) -> Backend:
+    (entry,) = entry_points(group="dure.agent.backends", name=BACKEND)
+    backend: Backend = entry.load()(home)
+    return backend
+
+
+async def _find_devices(options: Options) -> Found:
+    plugins: list[Accelerator] = [entry.load()() for entry in entry_points(group="dure.agent.accelerators")]
+    devices: tuple[fleet_pb2.Device, ...] = ()
+    limitations: tuple[str, ...] = ()
+    for plugin in sorted(plugins, key=lambda plugin: plugin.order):
+        found = await plugin.find(Request(options.name, options.simulated_gpus, devices))
+        devices += found.devices
+        limitations += found.limitations
+    return Found(devices, limitations)
+
+
+def _hello(options: Options, host: str, backend: str, abilities: Abilities, found: Found) -> fleet_pb2.Hello:
+    return fleet_pb2.Hello(
+        protocol_version=PROTOCOL_VERSION,
+        version=version("dure"),
+        resource_group=options.resource_group,
+        advertise_address=host,
+        host_id=machine.host_id(),
+        boot_id=machine.boot_id(),
+        backend=backend,
+        slots={quantities.CPU: options.cpu_milli, quantities.MEM: options.memory_milli},
+        devices=found.devices,
+        limitations=[*abilities.limitations, *found.limitations],
+        maps_mounts=abilities.maps_mounts,
+    )
+
+
+if __name__ == "__main__":
+    # Read by the client's entry point too; here so that `python -m dure.agent.main` works without it.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    main()

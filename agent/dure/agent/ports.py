@@ -1,0 +1,107 @@
+"""Which port a session gets, as a decision over a table that all agents of the host share.
+
+A lease belongs to a kernel's folder. A port that was given back rests: a route table on some proxy's
+disk may still name it, and must not reach another tenant's model. Fixed ports are given out by number
+and do not rest, since the next replica of the same endpoint needs the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+REST_S = 600.0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A port in use (`released_at` is None) or at rest. Times are Unix seconds."""
+
+    owner: str
+    released_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Leases by port. `cursor` is the port that was given out last: the next search begins after it."""
+
+    leases: dict[int, Lease]
+    cursor: int = 0
+
+
+class NoPort(Exception):
+    """No port can be had; the message says why."""
+
+
+def lease(
+    table: Table, owner: str, ports: range, now: float, is_free: Callable[[int], bool]
+) -> tuple[int, Table]:
+    """A port for `owner`: the one it has, else the next that nobody has, that does not rest and is free."""
+    for port, held in table.leases.items():
+        if held.owner == owner and held.released_at is None:
+            return port, table
+    start = table.cursor + 1 if table.cursor in ports else ports.start
+    resting = 0
+    for port in (*range(start, ports.stop), *range(ports.start, start)):
+        held_by = table.leases.get(port)
+        if held_by is not None and not _rested(held_by, now):
+            resting += held_by.released_at is not None
+            continue
+        if is_free(port):
+            return port, Table({**table.leases, port: Lease(owner)}, cursor=port)
+    raise NoPort(
+        f"no free port among {ports.start}-{ports.stop - 1} ({resting} rest for 10 minutes after their use); "
+        "give the agent more with --session-ports"
+    )
+
+
+def lease_fixed(table: Table, owner: str, port: int, is_free: Callable[[int], bool]) -> Table:
+    """The declared port for `owner`."""
+    held = table.leases.get(port)
+    if held is not None and held.released_at is None:
+        if held.owner == owner:
+            return table
+        raise NoPort(f"port {port} of this host is taken by another session; write {{port}} in the command")
+    if not is_free(port):
+        raise NoPort(
+            f"port {port} of this host is taken by a process outside of Dure; write {{port}} in the command"
+        )
+    return Table({**table.leases, port: Lease(owner)}, cursor=table.cursor)
+
+
+def release(table: Table, owner: str, now: float) -> Table:
+    """Lets the ports of `owner` rest."""
+    return replace(
+        table,
+        leases={
+            port: Lease(held.owner, now) if held.owner == owner and held.released_at is None else held
+            for port, held in table.leases.items()
+        },
+    )
+
+
+def tidy(table: Table, now: float, is_alive: Callable[[str], bool]) -> Table:
+    """Drops leases that have rested; lets rest what belongs to owners that are no more."""
+    leases: dict[int, Lease] = {}
+    for port, held in table.leases.items():
+        if held.released_at is None:
+            leases[port] = held if is_alive(held.owner) else Lease(held.owner, now)
+        elif not _rested(held, now):
+            # A clock that was set back must not make a rest last longer than it should.
+            leases[port] = Lease(held.owner, min(held.released_at, now))
+    return replace(table, leases=leases)
+
+
+def parse_range(text: str) -> range:
+    """`20000-29999`, both ends included. Raises ValueError with a sentence."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.strip().isdecimal() and last.strip().isdecimal()):
+        raise ValueError(f"`{text}` is not a range of ports; write one such as 20000-29999")
+    ports = range(int(first), int(last) + 1)
+    if not (1024 <= ports.start <= ports.stop - 1 <= 65535):
+        raise ValueError(f"`{text}` is not a range of ports between 1024 and 65535, lower end first")
+    return ports
+
+
+def _rested(held: Lease, now: float) -> bool:
+    return held.released_at is not None and now - held.released_at >= REST_S

@@ -1,0 +1,311 @@
+"""One kernel on this node, from its spec to its end: prepares, starts, follows, probes and removes it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from dure.agent import devices, environment, health, ports, prober, sockets
+from dure.agent.backends.base import Backend, Ended, Handle, Observation, Plan, StartFailed
+from dure.agent.folders import Folders
+from dure.agent.health import Health, Policy
+from dure.agent.kernel import Event
+from dure.agent.leases import Leases
+from dure.agent.prober import Answer
+from dure.agent.shim.files import read_json, write_bytes, write_json
+from dure.fleet.v1 import fleet_pb2
+from dure.wire.backoff import backoff_s
+
+LOG_TAIL_BYTES = 4096
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What all kernels of the agent share. `host` is where proxies reach its sessions."""
+
+    agent: str
+    host: str
+    backend: Backend
+    leases: Leases
+    folders: Folders
+    devices: Mapping[str, fleet_pb2.Device]
+    http: aiohttp.ClientSession
+
+
+class Runner:
+    """Runs one kernel. `emit` is told of events, or None when only the status changed."""
+
+    def __init__(
+        self,
+        node: Node,
+        spec: fleet_pb2.KernelSpec,
+        handle: Handle,
+        others: Callable[[], Iterable[Sequence[fleet_pb2.DeviceGrant]]],
+        emit: Callable[[Event | None], None],
+    ) -> None:
+        self.spec = spec
+        self.handle = handle
+        self.ended = False
+        self._node = node
+        self._others = others
+        self._emit = emit
+        self._files = str(handle.folder)
+        self._policy = _policy_of(spec)
+        self._health = health.begin(self._policy)
+        self.status = fleet_pb2.KernelStatus(uid=spec.uid, host=node.host)
+
+    def save(self) -> None:
+        """Keeps the spec, so that the next agent knows this kernel."""
+        self.handle.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_bytes(f"{self._files}/spec.pb", self.spec.SerializeToString())
+
+    async def run(self) -> None:
+        """Starts it, or goes on where the agent before stopped, until it ended."""
+        try:
+            if not await self._adopt():
+                await self._prepare()
+            await self._follow()
+        except StartFailed as error:
+            self._fail(error.reason, str(error))
+        except ports.NoPort as error:
+            self._fail("PORT_FAILED", str(error))
+        except Exception as error:
+            # The top of this kernel's task: it must not stay for ever in a phase that it is not in.
+            _log.exception("kernel %s broke", self.spec.uid)
+            with contextlib.suppress(OSError):
+                await self._node.backend.stop(self.handle, 0)
+            reason = (
+                error.strerror if isinstance(error, OSError) and error.strerror else "see the agent's log"
+            )
+            self._fail("START_FAILED", f"the node could not run it: {reason}")
+
+    async def stop(self, grace_s: float) -> None:
+        """Ends it and frees what it used, but keeps its folder and with it how it ended."""
+        await self._node.backend.stop(self.handle, grace_s)
+        if not (self.handle.folder / "exit.json").exists():
+            self._node.backend.write_exit(
+                self.handle, Ended("LOST", -1, "its agent was stopped before it started")
+            )
+        await self._node.backend.clean(self.handle)
+
+    async def remove(self) -> None:
+        """Ends it and leaves nothing behind. Goes on until that is done."""
+        attempt = 0
+        while True:
+            try:
+                if self.handle.folder.exists():
+                    await self._node.backend.stop(self.handle, self.grace_s)
+                    await self._node.backend.clean(self.handle)
+                    await self._node.leases.release(self.handle.folder)
+                    await asyncio.to_thread(_remove_folder, self.handle.folder)
+                return
+            except (OSError, TimeoutError) as error:
+                attempt += 1
+                _log.warning("kernel %s resists its removal: %s", self.spec.uid, error)
+                self._say(f"cannot be removed yet: {error}")
+                await asyncio.sleep(backoff_s(attempt, first_s=0.2, max_s=5.0, jitter=0.0))
+
+    @property
+    def grace_s(self) -> float:
+        return self.spec.stop_grace_ms / 1000
+
+    async def _adopt(self) -> bool:
+        if not await self._node.backend.adopt(self.handle):
+            return False
+        known = read_json(f"{self._files}/kernel.json") or {}
+        self.status.port = int(known.get("port", 0))
+        return True
+
+    async def _prepare(self) -> None:
+        refusal = devices.refusal(self.spec.devices, self._node.devices, self._others())
+        if refusal:
+            raise StartFailed(refusal)
+        model: Path | None = None
+        if self.spec.model.folder_uid:
+            self._say("getting the model folder")
+            model = await self._node.folders.provide(self.spec.model, self.handle.folder)
+        port = await self._node.leases.lease(
+            self.handle.folder, self.spec.port if self.spec.fixed_port else 0
+        )
+        write_json(f"{self._files}/kernel.json", {"port": port})
+        self.status.port = port
+        self._say("starting")
+        await self._node.backend.start(self._plan(model, port))
+
+    def _plan(self, model: Path | None, port: int) -> Plan:
+        spec = self.spec
+        target = os.path.normpath(spec.model.target or "/models")
+        place = self._node.backend.model_place(model, target)
+        environ = environment.build(
+            spec,
+            agent=self._node.agent,
+            port=port,
+            model_place=place,
+            devices=self._node.devices,
+            inherited=os.environ,
+        )
+        return Plan(
+            handle=self.handle,
+            model=model,
+            model_target=target,
+            model_path=spec.command.model_path or target,
+            argv=tuple(spec.command.argv.args),
+            shell=spec.command.shell.shell or ("/bin/bash" if spec.command.HasField("shell") else ""),
+            line=spec.command.shell.line,
+            actions=tuple(_action(action) for action in spec.pre_start_actions),
+            environ=environ,
+            port=port,
+            cpu_milli=spec.slots.get("cpu", 0),
+            memory_bytes=spec.slots.get("mem", 0) // 1000,
+            stop_grace_s=self.grace_s,
+        )
+
+    async def _follow(self) -> None:
+        seen: Observation | None = None
+        probing: asyncio.Task[None] | None = None
+        try:
+            while True:
+                seen = await self._node.backend.wait(self.handle, seen)
+                self.status.pid = seen.pid
+                self.status.message = seen.message
+                if seen.ended is not None:
+                    self._end(seen.ended)
+                    return
+                if seen.started_at_s and probing is None:
+                    self._resume_health(seen.started_at_s)
+                    self._emit(Event.STARTED)
+                    probing = asyncio.create_task(self._probe(seen.started_at_s))
+                else:
+                    self._emit(None)
+        finally:
+            if probing is not None:
+                probing.cancel()
+                await asyncio.wait([probing])
+
+    async def _probe(self, started_at_s: float) -> None:
+        attempt = 0
+        while True:
+            try:
+                await prober.probe_on(
+                    self._node.http, self._target(), self._policy, self._health, started_at_s, self._record
+                )
+            except Exception:
+                attempt += 1
+                _log.exception("probing of kernel %s broke; beginning again", self.spec.uid)
+                await asyncio.sleep(backoff_s(attempt, first_s=1.0, max_s=30.0, jitter=0.0))
+
+    def _target(self) -> prober.Target:
+        async def complaint() -> str:
+            pids = await self._node.backend.processes(self.handle)
+            return await asyncio.to_thread(sockets.complaint, self.status.port, self._node.host, pids)
+
+        check = self.spec.health_check
+        return prober.Target(
+            self._node.host, self.status.port, check.path, check.expected_status_code or 200, complaint
+        )
+
+    def _record(self, current: Health, answer: Answer) -> None:
+        before = (self.status.health, self.status.consecutive_failures, self.status.probe_detail)
+        self._health = current
+        self.status.health = fleet_pb2.KernelHealth.ValueType(current.state.value)
+        self.status.consecutive_failures = current.failures
+        self.status.probe_status_code = answer.status_code
+        self.status.probe_detail = answer.detail
+        if before != (self.status.health, current.failures, answer.detail):
+            kept: dict[str, Any] = {
+                "state": current.state.value,
+                "failures": current.failures,
+                "status_code": answer.status_code,
+                "detail": answer.detail,
+            }
+            write_json(f"{self._files}/health.json", kept)
+            self._emit(None)
+
+    def _resume_health(self, started_at_s: float) -> None:
+        kept = read_json(f"{self._files}/health.json") or {
+            "state": health.State.DEGRADED.value,
+            "failures": 0,
+            "status_code": 0,
+            "detail": "",
+        }
+        elapsed_s = prober.now_s() - started_at_s
+        self._health = health.resume(self._policy, health.State(kept["state"]), kept["failures"], elapsed_s)
+        self.status.health = fleet_pb2.KernelHealth.ValueType(kept["state"])
+        self.status.consecutive_failures = kept["failures"]
+        self.status.probe_status_code = kept["status_code"]
+        self.status.probe_detail = kept["detail"]
+
+    def _fail(self, reason: str, message: str) -> None:
+        ended = Ended(reason, -1, message)
+        if not (self.handle.folder / "exit.json").exists():
+            self._node.backend.write_exit(self.handle, ended)
+        self._end(ended)
+
+    def _end(self, ended: Ended) -> None:
+        self.ended = True
+        self.status.pid = 0
+        self.status.exit.CopyFrom(
+            fleet_pb2.KernelExit(
+                reason=ended.reason,
+                code=ended.code,
+                log_tail=self._node.backend.log_tail(self.handle, LOG_TAIL_BYTES),
+                message=ended.message[:4000],
+            )
+        )
+        self.status.message = ended.message[:4000]
+        self._emit(Event.ENDED)
+
+    def _say(self, message: str) -> None:
+        self.status.message = message
+        self._emit(None)
+
+
+def _policy_of(spec: fleet_pb2.KernelSpec) -> Policy | None:
+    if not spec.HasField("health_check"):
+        return None
+    check = spec.health_check
+    return Policy(
+        # A schedule of zero would be a busy loop; the manager never sends one.
+        interval_s=max(check.interval_ms, 10) / 1000,
+        max_retries=check.max_retries,
+        max_wait_s=max(check.max_wait_time_ms, 10) / 1000,
+        initial_delay_s=check.initial_delay_ms / 1000,
+        probe_during_initial_delay=check.probe_during_initial_delay,
+    )
+
+
+def _action(action: fleet_pb2.PreStartAction) -> dict[str, Any]:
+    kind = action.WhichOneof("action")
+    if kind is None:
+        raise StartFailed("a pre-start action says nothing to do", "ACTION_FAILED")
+    content = getattr(action, kind)
+    fields: dict[str, Any] = {field.name: getattr(content, field.name) for field in content.DESCRIPTOR.fields}
+    if kind == "run_command":
+        fields["command"] = list(fields["command"])
+    return {"kind": kind, "ref": action.ref, **fields}
+
+
+def _remove_folder(folder: Path) -> None:
+    def grant(function: Callable[..., Any], path: str, error: Any) -> None:
+        # A session may have taken away its own rights on folders below its home.
+        os.chmod(os.path.dirname(path), 0o700)
+        function(path)
+
+    # The spec goes last: as long as it stands, the next agent takes the kernel up.
+    for below in folder.iterdir():
+        if below.name == "spec.pb":
+            continue
+        if below.is_dir() and not below.is_symlink():
+            shutil.rmtree(below, onerror=grant)
+        else:
+            below.unlink()
+    shutil.rmtree(folder, onerror=grant)

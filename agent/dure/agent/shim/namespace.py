@@ -1,0 +1,149 @@
+"""The view of the file system that a session has: the host's, but for the model folder and a private home.
+
+The process leaves its mount namespace, makes a tmpfs its root and binds the host's top-level folders
+into it. Where a mount destination does not exist on the host, a tmpfs with binds of all its neighbours
+stands for the deepest folder that does. It maps, it does not isolate: root can still reach the model
+folder by its host path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_SLAVE = 4096, 16384, 1 << 19
+MNT_DETACH = 2
+_OLD = "/.dure-host"
+# A folder with more neighbours than this is not worth so many mounts.
+NEIGHBOURS_MAX = 2000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    arguments = [ctypes.c_char_p(text.encode()) for text in (source, target, kind)]
+    _check(
+        _libc.mount(*arguments, ctypes.c_ulong(flags), ctypes.c_char_p(data.encode())),
+        f"mount {source} at {target}",
+    )
+
+
+def unshare_mounts() -> None:
+    """Enters a mount namespace of its own, through a user namespace where this is not root."""
+    uid, gid = os.geteuid(), os.getegid()
+    if uid == 0:
+        _check(_libc.unshare(CLONE_NEWNS), "unshare")
+    else:
+        _check(_libc.unshare(CLONE_NEWNS | CLONE_NEWUSER), "unshare")
+        for name, content in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+                file.write(content)
+    # A mount that the host takes away later must not be held here.
+    mount("none", "/", "", MS_REC | MS_SLAVE)
+
+
+class View:
+    """Builds the view. The order of calls: enter, then bind for each destination, then close."""
+
+    def __init__(self) -> None:
+        self._sources = {"/": _OLD}
+        self._ours = {"/"}
+
+    def enter(self, stage: str) -> None:
+        """`stage` is any empty folder of the host."""
+        unshare_mounts()
+        mount("tmpfs", stage, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+        os.mkdir(stage + _OLD)
+        number = _PIVOT_ROOT[os.uname().machine]
+        _check(
+            _libc.syscall(
+                ctypes.c_long(number),
+                ctypes.c_char_p(stage.encode()),
+                ctypes.c_char_p((stage + _OLD).encode()),
+            ),
+            "pivot_root",
+        )
+        os.chdir("/")
+        self._bind_entries(_OLD, "/")
+
+    def bind(self, source: str, target: str, read_only: bool) -> None:
+        """Makes the host's folder `source`, a path without symbolic links, appear at `target`."""
+        target = os.path.realpath(target)
+        self._make(target)
+        mount(_OLD + source, target, "", MS_BIND)
+        if read_only:
+            mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | _locked_flags(target))
+        else:
+            self._ours.add(target)
+        self._sources[target] = _OLD + source
+
+    def close(self) -> None:
+        _check(_libc.umount2(ctypes.c_char_p(_OLD.encode()), MNT_DETACH), f"umount {_OLD}")
+        os.rmdir(_OLD)
+
+    def _make(self, target: str) -> None:
+        if os.path.isdir(target):
+            return
+        if os.path.lexists(target):
+            raise NotADirectoryError(f"mount destination {target} is a file")
+        above = os.path.dirname(target)
+        while not os.path.isdir(above):
+            above = os.path.dirname(above)
+        if above not in self._ours:
+            source = self._source_of(above)
+            mount("tmpfs", above, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+            self._bind_entries(source, above)
+            self._ours.add(above)
+        os.makedirs(target)
+
+    def _source_of(self, path: str) -> str:
+        base = path
+        while base not in self._sources:
+            base = os.path.dirname(base)
+        return self._sources[base] + path.removeprefix("" if base == "/" else base)
+
+    def _bind_entries(self, source: str, target: str) -> None:
+        with os.scandir(source) as entries:
+            names = [entry.name for entry in entries]
+        if len(names) > NEIGHBOURS_MAX:
+            raise OSError(f"{target} has {len(names)} entries, too many to map a folder beside them")
+        for name in names:
+            origin, place = os.path.join(source, name), os.path.join(target, name)
+            if place == _OLD:
+                continue
+            kind = os.lstat(origin).st_mode
+            if stat.S_ISLNK(kind):
+                os.symlink(os.readlink(origin), place)
+                continue
+            if stat.S_ISDIR(kind):
+                os.mkdir(place)
+            else:
+                os.close(os.open(place, os.O_CREAT | os.O_WRONLY, 0o600))
+            mount(origin, place, "", MS_BIND | MS_REC)
+
+
+def _locked_flags(path: str) -> int:
+    """Flags that a user namespace may not take off a mount when it makes it read-only."""
+    current = os.statvfs(path).f_flag
+    pairs = (
+        (os.ST_NOSUID, MS_NOSUID),
+        (os.ST_NODEV, MS_NODEV),
+        (os.ST_NOEXEC, MS_NOEXEC),
+        (os.ST_NOATIME, 1024),
+    )
+    flags = sum(flag for status, flag in pairs if current & status)
+    return flags | ((1 << 21) if current & os.ST_RELATIME else 0)

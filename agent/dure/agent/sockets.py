@@ -1,0 +1,94 @@
+"""Who listens on a port of this node, by /proc: a lease is worth nothing if a stranger answers there."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_LISTEN = "0A"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A listening socket: the address it is bound to, and its inode."""
+
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    inode: int
+
+
+def complaint(port: int, host: str, pids: Iterable[int]) -> str:
+    """Empty if those who reach `host:port` reach one of the processes, else a sentence."""
+    found = listeners(port)
+    # One that is bound to the very address wins over one that is bound to all.
+    exact = [one for one in found if str(one.address) == host]
+    reached = exact or [one for one in found if one.address.is_unspecified]
+    if not reached:
+        if not found:
+            return f"nothing listens on port {port}"
+        where = ", ".join(sorted({str(one.address) for one in found}))
+        return f"listens on {where} only, while proxies come to {host}: listen on 0.0.0.0"
+    own = inodes_of(pids)
+    strangers = [one for one in reached if one.inode not in own]
+    if strangers:
+        return f"port {port} is taken by another process{_name_of(strangers[0].inode)}, not by the session"
+    return ""
+
+
+def listeners(port: int) -> list[Listener]:
+    found: list[Listener] = []
+    for name in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/net/{name}", encoding="ascii") as file:
+                next(file)
+                for line in file:
+                    fields = line.split()
+                    if fields[3] != _LISTEN:
+                        # Listening ones come first, and there can be very many others.
+                        break
+                    address, _, number = fields[1].partition(":")
+                    if int(number, 16) == port:
+                        found.append(Listener(_address(address), int(fields[9])))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def inodes_of(pids: Iterable[int]) -> set[int]:
+    """Inodes of the sockets that the processes hold."""
+    found: set[int] = set()
+    for pid in pids:
+        try:
+            names = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            continue
+        for name in names:
+            try:
+                target = os.readlink(f"/proc/{pid}/fd/{name}")
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                found.add(int(target[8:-1]))
+    return found
+
+
+def _name_of(inode: int) -> str:
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and inode in inodes_of([int(name)]):
+            try:
+                with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
+                    return f" ({file.read().strip()}, pid {name})"
+            except OSError:
+                return f" (pid {name})"
+    return ""
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    # The kernel prints 32-bit words in the machine's byte order.
+    words = struct.pack(f"={len(text) // 8}I", *(int(text[i : i + 8], 16) for i in range(0, len(text), 8)))
+    if len(words) == 4:
+        return ipaddress.IPv4Address(words)
+    address = ipaddress.IPv6Address(words)
+    return address.ipv4_mapped or address

@@ -1,0 +1,53 @@
+"""Waiting on the event loop: for descriptors, and for threads that must not be left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+async def readable(descriptors: Sequence[int], limit_s: float | None = None) -> bool:
+    """Waits until one of them can be read (a pidfd: until its process ended); False after `limit_s`.
+
+    A descriptor may be waited for in one place at a time.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    for descriptor in descriptors:
+        loop.add_reader(descriptor, wake)
+    try:
+        done, _ = await asyncio.wait([ready], timeout=limit_s)
+    finally:
+        for descriptor in descriptors:
+            loop.remove_reader(descriptor)
+    return bool(done)
+
+
+async def in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Runs a blocking function to its end even if the caller is cancelled meanwhile.
+
+    What it makes (a lease, a control group) must be there or not be there when the caller cleans up.
+    """
+    task = asyncio.create_task(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def is_readable(descriptor: int) -> bool:
+    """Whether it can be read now."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))

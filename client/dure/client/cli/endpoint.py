@@ -1,0 +1,106 @@
+"""`dure endpoint`: what there is, and how it is."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+import click
+from dure.client.cli import describe, live, tables
+from dure.client.cli.options import Duration, Shell, command
+from dure.client.cli.output import emit, emit_list
+from dure.v1.endpoint_pb2 import Event
+
+
+@click.group()
+def endpoint() -> None:
+    """Model services at a permanent address."""
+
+
+_watch = click.option("-w", "--watch", is_flag=True, help="Go on and show every change.")
+
+
+@command(endpoint, "list", output=True)
+@_watch
+async def list_(shell: Shell, watch: bool) -> None:
+    """List the endpoints of the project."""
+    async with shell.client() as client:
+        if watch:
+            async with aclosing(client.endpoints.watch()) as batches:
+                await live.watch_endpoints(shell, batches, one=False)
+            return
+        items = [item async for item in client.endpoints.list()]
+    if shell.output in ("json", "yaml", "name"):
+        emit_list("endpoints", items, shell.output)
+    elif shell.quiet:
+        for item in items:
+            click.echo(tables.last(item.name))
+    elif items or shell.output:
+        tables.show(tables.endpoints(items, shell.output == "wide"), color=shell.color)
+    else:
+        click.echo(
+            "No endpoints. `dure endpoint create NAME --model FOLDER -r cpu=1 -r mem=1g` makes one.", err=True
+        )
+
+
+@command(endpoint, "get", output=True)
+@click.argument("name")
+@_watch
+async def get(shell: Shell, name: str, watch: bool) -> None:
+    """Show one endpoint, with its replicas and newest events."""
+    async with shell.client() as client:
+        item = await client.endpoints.get(name)
+        if watch:
+            async with aclosing(client.endpoints.watch(name)) as batches:
+                await live.watch_endpoints(shell, batches, one=True)
+            return
+        if shell.output in ("json", "yaml", "name"):
+            emit(item, shell.output)
+        elif shell.output:
+            for line in live.endpoint_lines(item, color=shell.color, wide=shell.output == "wide"):
+                click.echo(line)
+        else:
+            events: list[Event] = []
+            async with aclosing(client.endpoints.events(name)) as newest:
+                async for event in newest:
+                    events.append(event)
+                    if len(events) == describe.EVENTS_SHOWN:
+                        break
+            describe.endpoint(item, events, color=shell.color)
+
+
+@command(endpoint, "replicas", output=True)
+@click.argument("name")
+@click.option("--all", "show_ended", is_flag=True, help="Those that have ended, too.")
+@_watch
+async def replicas(shell: Shell, name: str, show_ended: bool, watch: bool) -> None:
+    """List the replicas of an endpoint."""
+    if watch and show_ended:
+        raise click.UsageError("--watch shows living replicas only: leave out --all")
+    async with shell.client() as client:
+        if watch:
+            await client.endpoints.get(name)
+            async with aclosing(client.endpoints.watch(name)) as batches:
+                await live.watch_endpoints(shell, batches, one=True, only_replicas=True)
+            return
+        items = [item async for item in client.endpoints.replicas(name, show_ended=show_ended)]
+    if shell.output in ("json", "yaml", "name"):
+        emit_list("replicas", items, shell.output)
+    elif items or shell.output:
+        tables.show(tables.replicas(items, shell.output == "wide"), color=shell.color)
+    else:
+        click.echo(
+            f"No replicas; --all lists those that have ended, `dure endpoint get {name}` says why.", err=True
+        )
+
+
+@command(endpoint, "events", output=True)
+@click.argument("name")
+@click.option("--since", "max_age_s", type=Duration(), help="Only younger ones, such as 15m.")
+async def events(shell: Shell, name: str, max_age_s: float | None) -> None:
+    """List what happened to an endpoint, newest first."""
+    async with shell.client() as client:
+        items = [item async for item in client.endpoints.events(name, max_age_s=max_age_s)]
+    if shell.output in ("json", "yaml", "name"):
+        emit_list("events", items, shell.output)
+    else:
+        tables.show(tables.events(items), color=shell.color)

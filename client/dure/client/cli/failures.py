@@ -1,0 +1,104 @@
+"""What went wrong, for people: the error, every violation on its own line, and the next command to try."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+from dure.wire.errors import (
+    AlreadyExists,
+    Conflict,
+    DureError,
+    InternalError,
+    InvalidInput,
+    ManagerUnreachable,
+    NotFound,
+    Unauthenticated,
+)
+
+
+def report(error: Exception, arguments: list[str]) -> int:
+    """Tells the error on stderr and returns the exit code. `DURE_DEBUG=1` adds the stack trace."""
+    if os.environ.get("DURE_DEBUG") == "1":
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, DureError):
+        lines, code = explain(error, arguments), error.exit_code
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        lines, code = [f"error: {where}{error.strerror or error}"], 1
+    else:
+        lines = [
+            f"error: this is a bug in dure: {type(error).__name__}: {error}",
+            "next: run it again with DURE_DEBUG=1 set, and report what it prints",
+        ]
+        code = 1
+    for line in lines:
+        click.echo(line, err=True)
+    return code
+
+
+def explain(error: DureError, arguments: list[str]) -> list[str]:
+    """The lines to print for an error of the command `arguments`."""
+    if isinstance(error, InvalidInput) and (count := len(error.violations)):
+        lines = [f"error: {count} problem{'s' if count > 1 else ''} with the input:"]
+        lines += [f"  {violation.field}: {violation.description}" for violation in error.violations]
+    else:
+        lines = [f"error: {error.message}"]
+    hint = _next(error, arguments)
+    return [*lines, f"next: {hint}"] if hint else lines
+
+
+def _next(error: DureError, arguments: list[str]) -> str:
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    group, verb, name = [*words, "", "", ""][:3]
+    match error.reason:
+        case "NO_CONTEXT":
+            return (
+                "`dure dev` starts a cluster on this machine and writes one; "
+                "`dure context set --manager HOST:PORT --api-key KEY` names another"
+            )
+        case "BAD_CONTEXT":
+            return "mend the file, or write it anew with `dure context set --manager HOST:PORT --api-key KEY`"
+        case "WAIT_TIMED_OUT":
+            return f"`dure endpoint get {name}` shows what it waits for; `dure endpoint wait {name}` waits on"
+        case "WAIT_FAILED":
+            return (
+                f"`dure endpoint events {name}` says what happened; "
+                f"when it is mended, `dure endpoint retry {name} --wait`"
+            )
+    match error:
+        case ManagerUnreachable():
+            return (
+                "`dure doctor` says what is wrong; `dure context show` which manager it is; "
+                "`dure dev` starts a cluster on this machine"
+            )
+        case Unauthenticated():
+            return (
+                "`dure context show` says which API key is used; `dure context set --api-key KEY` changes it"
+            )
+        case NotFound():
+            if group == "endpoint" and verb == "create":
+                return "`dure folder list` shows the folders"
+            if group == "folder" and verb in ("ls", "rm", "download") and "has nothing at" in error.message:
+                return f"`dure folder ls {name}` shows the files"
+            if group == "folder":
+                return (
+                    "`dure folder list` shows the folders; `dure folder create NAME --usage model` makes one"
+                )
+            if group == "token" and verb in ("show", "revoke"):
+                return "`dure token list ENDPOINT` shows the tokens"
+            if group in ("endpoint", "token"):
+                return "`dure endpoint list` shows the endpoints"
+            return "`dure agent list` shows the agents" if group == "agent" else ""
+        case AlreadyExists():
+            shown = f"dure {group} get {name}" if group == "endpoint" else f"dure {group} list"
+            return f"`{shown}` shows what has the name; choose another one"
+        case Conflict():
+            return "read it again, and repeat the command if it is still right"
+        case InternalError():
+            return "the manager's log says more"
+        case InvalidInput() if verb:
+            return f"`dure {group} {verb} --help` says what is expected"
+    return ""

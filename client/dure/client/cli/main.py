@@ -1,0 +1,130 @@
+"""The command `dure`.
+
+Loads only what the command at hand needs: help, completion and mistakes answer at once, and a node that
+has only the agent installed can still run it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+# Command -> where it is, and its line in the help. Programs come from entry points instead.
+_COMMANDS = {
+    "dev": ("dure.client.cli.dev:dev", "Run a whole cluster on this machine."),
+    "demo": ("dure.client.cli.demo:demo", "Serve a real model on this machine, step by step."),
+    "doctor": ("dure.client.cli.doctor:doctor", "Check the cluster of the current context."),
+    "endpoint": ("dure.client.cli.endpoint_change:endpoint", "Model services: create, scale, watch, delete."),
+    "folder": ("dure.client.cli.folder:folder", "Folders with models and data: upload, download."),
+    "token": ("dure.client.cli.token:token", "Tokens to call an endpoint with."),
+    "join-token": ("dure.client.cli.join_token:join_token", "Let agents and proxies join."),
+    "context": ("dure.client.cli.context:context", "Which manager to talk to, as whom."),
+}
+_PROGRAMS = {
+    "manager": "Run the manager.",
+    "agent": "Run an agent on this node; `list` and `get` show all agents.",
+    "proxy": "Run an app proxy.",
+}
+PROGRAMS_GROUP = "dure.programs"
+_CLIENT_AGENT_WORDS = ("list", "get")
+
+
+class Root(click.Group):
+    """Finds commands by name, and imports them only when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_COMMANDS, *_PROGRAMS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _COMMANDS:
+            return load(_COMMANDS[cmd_name][0])
+        if cmd_name in _PROGRAMS:
+            return load_program(cmd_name)
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # `dure agent --data-dir D` is the program, `dure agent list` asks the manager.
+        if len(args) > 1 and args[0] == "agent" and args[1] in _CLIENT_AGENT_WORDS:
+            return "agent", load("dure.client.cli.agent:agent"), args[1:]
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+        with formatter.section("Programs of a cluster"):
+            formatter.write_dl([*_PROGRAMS.items()])
+
+
+def load(where: str) -> click.Command:
+    module, _, attribute = where.partition(":")
+    command = getattr(importlib.import_module(module), attribute)
+    assert isinstance(command, click.Command)
+    return command
+
+
+def load_program(name: str) -> click.Command:
+    """The program's own command. Raises ClickException when that part is not installed."""
+    for entry in importlib.metadata.entry_points(group=PROGRAMS_GROUP, name=name):
+        try:
+            command = entry.load()
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"`dure {name}` is not installed here: {error}") from error
+        if not isinstance(command, click.Command):
+            raise click.ClickException(f"`dure {name}` cannot be run: {entry.value} is not a command")
+        if name == "agent":
+            command.epilog = "`dure agent list` and `dure agent get NAME` show the agents of the cluster."
+        return command
+    raise click.ClickException(f"`dure {name}` is not installed here")
+
+
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(f"dure {importlib.metadata.version('dure')}")
+        ctx.exit()
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version."
+)
+def root() -> None:
+    """Serve models from shared GPUs.
+
+    Begin with `dure dev`, then `dure folder create`, `dure folder upload` and `dure endpoint create`.
+    """
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code; whatever goes wrong is told in words on stderr."""
+    try:
+        result = root.main(args=arguments, prog_name="dure", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. What is still buffered must not fail at exit again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Exception as error:
+        from dure.client.cli import failures
+
+        return failures.report(error, arguments)
+
+
+def main() -> NoReturn:
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A whole cluster on one machine: one child process per program, all state in one data folder."""
