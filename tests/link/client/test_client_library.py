@@ -141,7 +141,7 @@ def test_a_manager_that_hangs_is_a_time_out() -> None:
     async def run() -> None:
         # The kernel accepts the connection, nobody ever answers.
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            address = "127.0.0.1:%d" % silent.getsockname()[1]
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
             async with Client(address, KEY, retry_s=0.5, timeout_s=1) as client:
                 with pytest.raises((ManagerUnreachable, TimedOut)):
                     await client.endpoints.get("chat")
@@ -151,12 +151,11 @@ def test_a_manager_that_hangs_is_a_time_out() -> None:
 
 def test_a_wrong_key() -> None:
     async def run() -> None:
-        async with fake_manager() as fake:
-            async with Client(fake.address, "other") as client:
-                with pytest.raises(Unauthenticated, match="not known"):
-                    await client.endpoints.get("chat")
-                with pytest.raises(Unauthenticated):
-                    await anext(client.endpoints.watch("chat"))
+        async with fake_manager() as fake, Client(fake.address, "other") as client:
+            with pytest.raises(Unauthenticated, match="not known"):
+                await client.endpoints.get("chat")
+            with pytest.raises(Unauthenticated):
+                await anext(client.endpoints.watch("chat"))
         with pytest.raises(Unauthenticated, match="characters"):
             Client(fake.address, "bad\nkey")
 
