@@ -64,12 +64,14 @@ class Connection(asyncio.Protocol):
         if self._raw is not None:
             self._raw(data)
             return
-        if self._reader is None or self._reader.done:
+        if self._reader is None or self.on_idle_lost is not None:
             # Nothing was asked for: whatever this is, it must not become the answer to the next request.
-            if self._reader is not None:
-                self._reader.feed(data)
-            else:
-                self.abort()
+            self.abort()
+            return
+        if self._reader.done:
+            self._reader.feed(data)
+            if len(self._reader.excess) > READ_AHEAD_BYTES_MAX:
+                self.pause_reading()
             return
         try:
             events = self._reader.feed(data)
@@ -190,6 +192,7 @@ class Connection(asyncio.Protocol):
         """After a 101: what comes is no HTTP any more, and goes to `received`."""
         assert self._reader is not None
         self._raw, self._raw_end = received, ended
+        self.resume_reading()
         if self._reader.excess:
             received(self._reader.excess)
         if self._lost:
@@ -236,9 +239,11 @@ class Pool:
         idle = self._idle.get(address)
         while idle:
             connection = idle.pop()
-            connection.on_idle_lost = None
             idle_s = now_s - connection.idle_since_s
-            if idle_s <= (IDLE_MAX_S if safe else IDLE_FOR_UNSAFE_MAX_S) and connection.alive:
+            young = idle_s <= (IDLE_MAX_S if safe else IDLE_FOR_UNSAFE_MAX_S)
+            fit = young and connection.alive
+            connection.on_idle_lost = None
+            if fit:
                 connection.reused = True
                 return connection
             connection.close()

@@ -349,3 +349,33 @@ def test_early_answer_to_a_long_upload(tmp_path: Path) -> None:
             writer.close()
 
     run(test)
+
+
+def test_an_answer_that_nobody_asked_for_reaches_nobody(tmp_path: Path) -> None:
+    async def test() -> None:
+        asked: list[bytes] = []
+        poisoned = asyncio.Event()
+
+        async def poisons(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                asked.append(await read_head(reader))
+                good = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood"
+                evil = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+                if len(asked) % 2:
+                    writer.write(good + evil)
+                else:
+                    writer.write(good)
+                    await asyncio.sleep(0.05)
+                    writer.write(evil)
+                poisoned.set()
+
+        async with bench(tmp_path) as b, raw_replica(poisons) as port:
+            await b.serves(route("e", b.port, port))
+            for _ in range(6):
+                poisoned.clear()
+                async with b.http.post(b.url) as response:
+                    assert await response.read() == b"good"
+                await poisoned.wait()
+            assert len(asked) == 6
+
+    run(test)

@@ -63,7 +63,7 @@ def refuses(method: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable
 
 
 class FakeManager:
-    """State, and the handles that tests pull. Revisions count changes; `kept` is the oldest to resume from."""
+    """State, and handles that tests pull. Revisions count changes; `kept` is the oldest to resume from."""
 
     def __init__(self) -> None:
         self.endpoints: dict[str, endpoint_pb2.Endpoint] = {}
