@@ -12,43 +12,53 @@ from pathlib import Path
 from dure.wire import quantities
 
 
-def cpu_milli() -> int:
-    """Cores that this process may use, in milli-units."""
-    return len(os.sched_getaffinity(0)) * quantities.MILLI
+def cpu_milli(cgroups: str = "/sys/fs/cgroup") -> int:
+    """Cores that this process may use, in milli-units, by its affinity and its control group."""
+    least = len(os.sched_getaffinity(0)) * quantities.MILLI
+    for group in _own_groups(Path(cgroups), "cpu"):
+        quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        if quota is None:
+            quota, period = _number(group / "cpu.max"), _number(group / "cpu.max", 1)
+        if quota and period:
+            least = min(least, quota * quantities.MILLI // period)
+    return least
 
 
 def memory_bytes(meminfo: str = "/proc/meminfo", cgroups: str = "/sys/fs/cgroup") -> int:
     """Memory of the machine, or what the agent's control group leaves of it."""
-    total = 0
+    least = 0
     for line in Path(meminfo).read_text(encoding="ascii").splitlines():
         if line.startswith("MemTotal:"):
-            total = int(line.split()[1]) * 1024
-    for place in _own_memory_groups(Path(cgroups)):
-        try:
-            text = place.read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdecimal() and 0 < int(text) < total:
-            total = int(text)
-    return total
+            least = int(line.split()[1]) * 1024
+    for group in _own_groups(Path(cgroups), "memory"):
+        limit = _number(group / "memory.limit_in_bytes") or _number(group / "memory.max")
+        if limit:
+            least = min(least, limit)
+    return least
 
 
-def _own_memory_groups(root: Path) -> list[Path]:
-    """Limit files of the agent's group and those above it."""
+def _own_groups(root: Path, controller: str) -> list[Path]:
+    """The agent's control group and those above it, in the hierarchy of a controller and in that of v2."""
     found: list[Path] = []
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, names, path = line.split(":", 2)
-        if "memory" in names.split(","):
-            base, name = root / "memory", "memory.limit_in_bytes"
-        elif not names:
-            base, name = root, "memory.max"
-        else:
+        if names and controller not in names.split(","):
             continue
+        base = root / controller if names else root
         group = base / path.lstrip("/")
         while group.is_relative_to(base):
-            found.append(group / name)
+            found.append(group)
             group = group.parent
     return found
+
+
+def _number(file: Path, field: int = 0) -> int | None:
+    """A number in a file; None if there is no such file, or no limit (`max`, -1)."""
+    try:
+        text = file.read_text(encoding="ascii").split()[field]
+    except (OSError, IndexError):
+        return None
+    return int(text) if text.isdecimal() else None
 
 
 def boot_id() -> str:

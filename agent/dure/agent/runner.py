@@ -61,6 +61,7 @@ class Runner:
         self._files = str(handle.folder)
         self._policy = _policy_of(spec)
         self._health = health.begin(self._policy)
+        self._own_sockets: frozenset[int] = frozenset()
         self.status = fleet_pb2.KernelStatus(uid=spec.uid, host=node.host)
 
     def save(self) -> None:
@@ -204,14 +205,21 @@ class Runner:
                 await asyncio.sleep(backoff_s(attempt, first_s=1.0, max_s=30.0, jitter=0.0))
 
     def _target(self) -> prober.Target:
-        async def complaint() -> str:
-            pids = await self._node.backend.processes(self.handle)
-            return await asyncio.to_thread(sockets.complaint, self.status.port, self._node.host, pids)
-
         check = self.spec.health_check
         return prober.Target(
-            self._node.host, self.status.port, check.path, check.expected_status_code or 200, complaint
+            self._node.host, self.status.port, check.path, check.expected_status_code or 200, self._complaint
         )
+
+    async def _complaint(self) -> str:
+        port = self.status.port
+        inodes, problem = await asyncio.to_thread(sockets.reached, port, self._node.host)
+        if problem or inodes == self._own_sockets:
+            return problem
+        # Looking through the descriptors of all processes costs milliseconds: once for each new listener.
+        pids = await self._node.backend.processes(self.handle)
+        problem = await asyncio.to_thread(sockets.stranger, port, inodes, pids)
+        self._own_sockets = inodes if not problem else frozenset()
+        return problem
 
     def _record(self, current: Health, answer: Answer) -> None:
         before = (self.status.health, self.status.consecutive_failures, self.status.probe_detail)

@@ -19,21 +19,25 @@ class Listener:
     inode: int
 
 
-def complaint(port: int, host: str, pids: Iterable[int]) -> str:
-    """Empty if those who reach `host:port` reach one of the processes, else a sentence."""
+def reached(port: int, host: str) -> tuple[frozenset[int], str]:
+    """Inodes of the sockets that those who come to `host:port` may reach; if there are none, why not."""
     found = listeners(port)
     # One that is bound to the very address wins over one that is bound to all.
     exact = [one for one in found if str(one.address) == host]
-    reached = exact or [one for one in found if one.address.is_unspecified]
-    if not reached:
-        if not found:
-            return f"nothing listens on port {port}"
-        where = ", ".join(sorted({str(one.address) for one in found}))
-        return f"listens on {where} only, while proxies come to {host}: listen on 0.0.0.0"
-    own = inodes_of(pids)
-    strangers = [one for one in reached if one.inode not in own]
-    if strangers:
-        return f"port {port} is taken by another process{_name_of(strangers[0].inode)}, not by the session"
+    inodes = frozenset(one.inode for one in exact or [one for one in found if one.address.is_unspecified])
+    if inodes:
+        return inodes, ""
+    if not found:
+        return inodes, f"nothing listens on port {port}"
+    where = ", ".join(sorted({str(one.address) for one in found}))
+    return inodes, f"listens on {where} only, while proxies come to {host}: listen on 0.0.0.0"
+
+
+def stranger(port: int, inodes: frozenset[int], pids: Iterable[int]) -> str:
+    """Empty if all the sockets are of the processes, else a sentence."""
+    strange = inodes - inodes_of(pids)
+    if strange:
+        return f"port {port} is taken by another process{_name_of(min(strange))}, not by the session"
     return ""
 
 

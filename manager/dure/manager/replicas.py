@@ -305,9 +305,9 @@ _USEFULNESS = {S.PENDING: 0, S.STARTING: 1, S.UNHEALTHY: 2, S.DEGRADED: 3, S.HEA
 
 def _least_useful_first(replicas: Sequence[ReplicaView]) -> list[ReplicaView]:
     """Pending, starting, unhealthy, degraded, healthy; the newest first within each."""
-    return sorted(
-        replicas, key=lambda replica: (_USEFULNESS[replica.status], -replica.created_ms, replica.uid)
-    )
+    # Uids sort by time, too, and tell those of one transaction apart.
+    newest_first = sorted(replicas, key=lambda replica: (replica.created_ms, replica.uid), reverse=True)
+    return sorted(newest_first, key=lambda replica: _USEFULNESS[replica.status])
 
 
 def _terminate(current: dict[str, ReplicaView], replica: ReplicaView, plan: Plan, why: str) -> None:

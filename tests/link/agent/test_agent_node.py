@@ -33,49 +33,47 @@ def usable(prefix: tuple[str, ...]) -> bool:
 
 
 @root_only
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/models",
-        "/opt/m",
-        "/home/x/models",
-        "/home/work/models",
-        "/root/a/b",
-        "/var/run/m",
-        "/usr/share/m",
-        "/tmp/m",
-        "/a/b/c/d",
-    ],
-)
-def test_mount_destinations(tmp_path: Path, target: str) -> None:
+def test_mount_destinations(tmp_path: Path) -> None:
+    targets = {
+        "top": "/models",
+        "beside": "/opt/m",
+        "deep": "/home/x/models",
+        "home": "/home/work/models",
+        "root": "/root/a/b",
+        "link": "/var/run/m",
+        "system": "/usr/share/m",
+        "tmp": "/tmp/dure-test-m",
+        "new": "/a/b/c/d",
+    }
+
     async def run() -> None:
-        async with cluster(tmp_path) as (manager, _):
-            manager.want(
-                spec(
-                    "k1",
+        async with cluster(tmp_path) as (manager, agent):
+            for uid, target in targets.items():
+                line = (
                     f"! touch {target}/x && touch /home/work/y && ls /usr/bin/env && "
-                    "test -e $BACKEND_MODEL_PATH/server.py && exec python {model_path}/server.py",
-                    model=fleet_pb2.Mount(folder_uid="folder-1", folder="m", target=target),
-                    model_path=target,
+                    "test -e $BACKEND_MODEL_PATH/server.py && exec python {model_path}/server.py"
                 )
-            )
-            status = await manager.status("k1", lambda s: s.phase == 4 or s.health == 2)
-            log = (tmp_path / "data/agents/node-1/kernels/k1/log").read_text()
-            assert status.health == fleet_pb2.KERNEL_HEALTH_HEALTHY, log
-            assert "Read-only file system" in log
-            assert not Path(target).exists() or target == "/tmp/m"
+                mount = fleet_pb2.Mount(folder_uid="folder-1", folder="m", target=target)
+                manager.want(spec(uid, line, model=mount, model_path=target))
+            for uid, target in targets.items():
+                status = await manager.status(uid, lambda s: s.phase == 4 or s.health == 2)
+                log = (agent.kernel_folder(uid) / "log").read_text()
+                assert status.health == fleet_pb2.KERNEL_HEALTH_HEALTHY, log
+                assert "Read-only file system" in log
+                assert not Path(target).exists()
 
     asyncio.run(run())
 
 
 @root_only
-@pytest.mark.parametrize("target", ["/", "/usr", "/home", "/home/work", "/proc/x", "models"])
-def test_destinations_that_would_break_the_session_are_refused(tmp_path: Path, target: str) -> None:
+def test_destinations_that_would_break_the_session_are_refused(tmp_path: Path) -> None:
     async def run() -> None:
         async with cluster(tmp_path) as (manager, _):
-            manager.want(spec("k1", model=fleet_pb2.Mount(folder_uid="folder-1", folder="m", target=target)))
-            status = await manager.exited("k1")
-            assert status.exit.reason == "START_FAILED" and "mount destination" in status.exit.message
+            for n, target in enumerate(("/", "/usr", "/home", "/home/work", "/proc/x", "models")):
+                mount = fleet_pb2.Mount(folder_uid="folder-1", folder="m", target=target)
+                manager.want(spec(f"k{n}", model=mount))
+                status = await manager.exited(f"k{n}")
+                assert status.exit.reason == "START_FAILED" and "mount destination" in status.exit.message
 
     asyncio.run(run())
 

@@ -35,9 +35,12 @@ class Table:
     def lines(
         self, *, color: bool, width: int | None = None, widths: Sequence[int] | None = None
     ) -> list[str]:
-        """The aligned text; with `width`, no line is longer."""
+        """The aligned text; with `width`, no line is longer. A last column that is empty is left out."""
+        header, rows = self.header, self.rows
+        if rows and not widths and not any(row[-1] for row in rows):
+            header, rows = header[:-1], [row[:-1] for row in rows]
         result = []
-        for number, line in enumerate(align(self.header, self.rows, widths)):
+        for number, line in enumerate(align(header, rows, widths)):
             used = sum(cells(cell) + len(GAP) for cell in line[:-1])
             if width is not None:
                 line[-1] = cut(line[-1], max(width - used, 8))

@@ -1,0 +1,142 @@
+"""Placement: never over-committed, granted equals requested, at most one share never split."""
+
+from dataclasses import replace
+
+from dure.manager.model import Grant
+from dure.manager.placement import (
+    DeviceCapacity,
+    Node,
+    NoPlace,
+    Placed,
+    Request,
+    place,
+    portions,
+)
+from dure.wire.quantities import CPU, DEVICES, MEM, MILLI, SHARES
+from hypothesis import given
+from hypothesis import strategies as st
+
+GPU = {SHARES: MILLI, DEVICES: MILLI}
+
+
+def node(name: str, gpus: int = 2, cpu: int = 8_000, grants: tuple[Grant, ...] = ()) -> Node:
+    devices = [DeviceCapacity(f"{name}-gpu{index}", GPU) for index in range(gpus)]
+    return Node(name, name, "default", {CPU: cpu, MEM: 64_000}, devices, grants)
+
+
+def held(name: str, *shares: tuple[str, int]) -> Grant:
+    from dure.manager.model import DeviceShare
+
+    return Grant(name, {}, tuple(DeviceShare(f"{name}-{gpu}", SHARES, amount) for gpu, amount in shares))
+
+
+amounts = (
+    st.fixed_dictionaries({CPU: st.integers(1, 40).map(lambda n: n * 100), MEM: st.integers(1, 30_000)})
+    | st.builds(
+        lambda cpu, shares: {CPU: cpu, MEM: 1, SHARES: shares * 10},
+        st.integers(1, 2_000),
+        st.integers(1, 260),
+    )
+    | st.builds(lambda count: {CPU: 1, MEM: 1, DEVICES: count * MILLI}, st.integers(1, 4))
+)
+
+
+@given(st.lists(st.tuples(amounts, st.booleans()), max_size=60), st.integers(1, 3))
+def test_any_sequence_of_grants_and_ends_keeps_the_books(steps: list, count: int) -> None:
+    nodes = {f"n{index}": node(f"n{index}", gpus=3) for index in range(count)}
+    given_out: list[tuple[Grant, str]] = []
+    for slots, ends_one in steps:
+        placed = place(Request(slots, "default"), nodes.values())
+        if isinstance(placed, Placed):
+            grant, name = placed.grant, placed.node.name
+            given_out.append((grant, name))
+            nodes[name] = replace(nodes[name], grants=(*nodes[name].grants, grant))
+            assert grant.slots == {slot: slots[slot] for slot in (CPU, MEM)}
+            wanted = slots.get(SHARES) or slots.get(DEVICES) or 0
+            assert sum(share.amount for share in grant.devices) == wanted
+            assert len({share.device for share in grant.devices}) == len(grant.devices)
+            if 0 < slots.get(SHARES, 0) <= MILLI:
+                assert len(grant.devices) == 1
+        else:
+            assert len(placed.refusals) == count
+            assert all(refusal.reason for refusal in placed.refusals)
+        if ends_one and given_out:
+            grant, name = given_out.pop(0)
+            left = list(nodes[name].grants)
+            left.remove(grant)
+            nodes[name] = replace(nodes[name], grants=tuple(left))
+        check_books(nodes.values())
+
+
+def check_books(nodes) -> None:
+    for each in nodes:
+        for slot in (CPU, MEM):
+            assert sum(grant.slots.get(slot, 0) for grant in each.grants) <= each.slots[slot]
+        for device in each.devices:
+            parts = [s for grant in each.grants for s in grant.devices if s.device == device.id]
+            whole = [part for part in parts if part.slot == DEVICES]
+            assert sum(part.amount for part in parts) <= MILLI
+            assert not whole or len(parts) == 1
+
+
+@given(st.integers(1, 100_000))
+def test_portions_are_equal_and_exact(shares: int) -> None:
+    parts = portions(shares)
+    assert sum(parts) == shares
+    assert max(parts) - min(parts) <= 1
+    assert len(parts) == -(-shares // MILLI)
+
+
+def test_portions_of_the_decisions() -> None:
+    assert portions(1500) == [750, 750]
+    assert portions(2500) == [834, 833, 833]
+
+
+def test_fragmented_shares_are_said_to_be() -> None:
+    busy = node("n", grants=(held("n", ("gpu0", 800)), held("n", ("gpu1", 800))))
+    result = place(Request({CPU: 1, MEM: 1, SHARES: 400}, "default"), [busy])
+    assert isinstance(result, NoPlace)
+    assert "fragmented" in result.refusals[0].reason
+    assert "0.40 free, but in pieces of 0.20 and 0.20" in result.refusals[0].reason
+
+
+def test_best_fit_keeps_whole_gpus_free() -> None:
+    busy = node("n", grants=(held("n", ("gpu1", 300)),))
+    result = place(Request({CPU: 1, MEM: 1, SHARES: 500}, "default"), [busy])
+    assert isinstance(result, Placed)
+    assert result.grant.devices[0].device == "n-gpu1"
+
+
+def test_replicas_of_an_endpoint_are_spread() -> None:
+    nodes = [node("a"), node("b")]
+    result = place(Request({CPU: 1, MEM: 1}, "default", peers={"a": 1}), nodes)
+    assert isinstance(result, Placed)
+    assert result.node.name == "b"
+
+
+def test_a_fixed_port_is_a_resource_of_the_host() -> None:
+    first = replace(node("a", grants=(Grant("a", {}, (), 8000),)), host_id="h")
+    second = replace(node("b"), host_id="h")
+    result = place(Request({CPU: 1, MEM: 1}, "default", fixed_port=8000), [first, second])
+    assert isinstance(result, NoPlace)
+    assert all("{port}" in refusal.reason for refusal in result.refusals)
+    assert isinstance(place(Request({CPU: 1, MEM: 1}, "default", 8001), [first, second]), Placed)
+
+
+def test_more_than_any_node_has() -> None:
+    result = place(Request({CPU: 1, MEM: 1, SHARES: 5_000}, "default"), [node("a"), node("b", gpus=0)])
+    assert isinstance(result, NoPlace)
+    sentence = result.sentence(Request({}, "default"))
+    assert "a: cuda.shares: 2.00 free, 5.00 wanted" in sentence
+    assert "b: cuda.shares: no GPU" in sentence
+
+
+def test_a_sick_device_and_a_lost_node_get_nothing() -> None:
+    sick = replace(
+        node("a", gpus=0), devices=[DeviceCapacity("x", GPU, healthy=False, detail="fell off the bus")]
+    )
+    lost = replace(node("b"), available=False, unavailable_reason="the agent is LOST")
+    result = place(Request({CPU: 1, MEM: 1, SHARES: 100}, "default"), [sick, lost])
+    assert isinstance(result, NoPlace)
+    assert "fell off the bus" in result.refusals[0].reason
+    assert result.refusals[1].reason == "the agent is LOST"

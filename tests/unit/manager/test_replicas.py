@@ -1,0 +1,372 @@
+"""The reconciler, against a small world that does what the plans say."""
+
+from dataclasses import dataclass, field, replace
+
+from dure.manager.model import (
+    ENDED,
+    EndpointStatus,
+    EndpointView,
+    Exit,
+    KernelHealth,
+    KernelPhase,
+    KernelView,
+    ReplicaStatus,
+    ReplicaView,
+    Surroundings,
+)
+from dure.manager.replicas import (
+    DRAIN_GRACE_MS,
+    FAILURES_MAX,
+    LOST_KEEP_MS,
+    STABLE_MS,
+    SURGE,
+    UNHEALTHY_GRACE_MS,
+    Plan,
+    backoff_ms,
+    in_route,
+    reconcile,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+S = ReplicaStatus
+
+
+@dataclass
+class World:
+    """Replicas on agents `a0`, `a1` ..., the clock, and how to make them live."""
+
+    desired: int = 2
+    now_ms: int = 1_000_000
+    endpoint: EndpointView = field(init=False)
+    replicas: dict[str, ReplicaView] = field(default_factory=dict)
+    given_up: frozenset[str] = frozenset()
+    lost_ms: dict[str, int] = field(default_factory=dict)
+    drained: frozenset[str] = frozenset()
+    made: int = 0
+    plan: Plan = field(default_factory=Plan)
+
+    def __post_init__(self) -> None:
+        self.endpoint = EndpointView("e", "e", self.desired, 1)
+
+    def living(self) -> list[ReplicaView]:
+        return [replica for replica in self.replicas.values() if replica.status not in ENDED]
+
+    def serving(self) -> int:
+        return sum(1 for replica in self.living() if in_route(replica))
+
+    def run(self) -> Plan:
+        """Rounds until nothing changes."""
+        for _ in range(8):
+            around = Surroundings(self.now_ms, self.lost_ms, self.given_up, self.drained)
+            plan = self.plan = reconcile(self.endpoint, self.living(), around)
+            self._apply(plan)
+            if not (plan.moves or plan.create or plan.stop):
+                return plan
+        raise AssertionError("does not settle")
+
+    def _apply(self, plan: Plan) -> None:
+        errors = (() if plan.clear_errors else self.endpoint.errors) + tuple(plan.errors)
+        self.endpoint = replace(
+            self.endpoint,
+            errors=errors,
+            failures=plan.failures,
+            failed_ms=plan.failed_ms,
+            blocked=plan.blocked,
+        )
+        for move in plan.moves:
+            old = self.replicas[move.uid]
+            self.replicas[move.uid] = replace(
+                old,
+                status=move.status,
+                since_ms=self.now_ms if old.status is not move.status else old.since_ms,
+                was_healthy=old.was_healthy or move.status is S.HEALTHY,
+                healthy_since_ms=self.now_ms if move.status is S.HEALTHY else old.healthy_since_ms,
+                draining=move.drain,
+                reason=move.reason,
+                kernels=self._unwanted(old) if move.stop else old.kernels,
+            )
+        for uid in plan.stop:
+            self.replicas[uid] = replace(self.replicas[uid], kernels=self._unwanted(self.replicas[uid]))
+        for _ in range(plan.create):
+            self.made += 1
+            uid = f"r{self.made:04}"
+            agents = [f"a{index}" for index in range(3) if f"a{index}" not in self.given_up]
+            agent = agents[self.made % len(agents)]
+            kernel = KernelView(
+                f"k-{uid}", agent, agent, KernelPhase.ASSIGNED, KernelHealth.UNKNOWN, True, "h", 1
+            )
+            self.replicas[uid] = ReplicaView(
+                uid, self.endpoint.revision, S.STARTING, self.now_ms, self.now_ms, (kernel,)
+            )
+
+    def _unwanted(self, replica: ReplicaView) -> tuple[KernelView, ...]:
+        return tuple(replace(kernel, wanted=False) for kernel in replica.kernels)
+
+    def kernel(self, uid: str, **changes: object) -> None:
+        replica = self.replicas[uid]
+        self.replicas[uid] = replace(replica, kernels=(replace(replica.kernels[0], **changes),))
+
+    def report(self, uid: str, health: KernelHealth) -> None:
+        self.kernel(uid, phase=KernelPhase.RUNNING, health=health)
+
+    def crash(self, uid: str, reason: str = "EXITED") -> None:
+        self.kernel(uid, phase=KernelPhase.EXITED, exit=Exit(reason, 3, "exited with 3", "boom"))
+
+    def all_healthy(self) -> None:
+        self.run()
+        for replica in self.living():
+            if not replica.leaving:
+                self.report(replica.uid, KernelHealth.HEALTHY)
+        self.run()
+
+    def stop_what_is_unwanted(self) -> None:
+        for replica in list(self.replicas.values()):
+            if replica.kernels and not replica.kernels[0].wanted:
+                self.kernel(replica.uid, phase=KernelPhase.GONE)
+
+
+def test_main_path() -> None:
+    world = World()
+    assert world.run().status is EndpointStatus.DEGRADED
+    world.all_healthy()
+    assert world.plan.status is EndpointStatus.HEALTHY
+    assert world.serving() == 2
+
+
+def test_a_crash_after_serving_is_replaced_at_once() -> None:
+    world = World()
+    world.all_healthy()
+    world.now_ms += STABLE_MS
+    world.crash(world.living()[0].uid)
+    world.run()
+    assert world.made == 3
+    assert not world.endpoint.errors
+
+
+def test_a_crash_loop_backs_off_and_blocks() -> None:
+    world = World(desired=1)
+    pauses = []
+    for _ in range(FAILURES_MAX):
+        world.run()
+        world.crash(world.living()[0].uid)
+        plan = world.run()
+        if plan.blocked:
+            break
+        assert plan.look_again_ms is not None
+        pauses.append(plan.look_again_ms - world.now_ms)
+        world.now_ms = plan.look_again_ms
+    assert pauses == [1000, 2000, 4000, 8000]
+    assert world.plan.status is EndpointStatus.BLOCKED
+    assert "boom" in world.plan.reason
+    assert world.made == FAILURES_MAX
+    world.endpoint = replace(world.endpoint, blocked=False, errors=(), failures=0, failed_ms=0)
+    world.run()
+    assert world.made == FAILURES_MAX + 1
+
+
+def test_a_healthy_neighbour_does_not_hide_a_crash_loop() -> None:
+    world = World(desired=1)
+    world.all_healthy()
+    world.now_ms += STABLE_MS * 2
+    world.endpoint = replace(world.endpoint, desired=2)
+    for _ in range(FAILURES_MAX):
+        world.run()
+        starting = [replica for replica in world.living() if not in_route(replica)]
+        if not starting:
+            world.now_ms += backoff_ms(world.endpoint.failures)
+            world.run()
+            starting = [replica for replica in world.living() if not in_route(replica)]
+        world.crash(starting[0].uid)
+        world.run()
+    assert world.endpoint.blocked
+    assert world.serving() == 1
+
+
+def test_killing_replicas_that_serve_never_blocks() -> None:
+    world = World(desired=2)
+    for _ in range(FAILURES_MAX * 3):
+        world.all_healthy()
+        world.crash(world.living()[0].uid, "SIGNALED")
+        world.run()
+        world.now_ms += 70_000
+    assert not world.endpoint.blocked
+
+
+def test_scale_in_stops_what_serves_least_and_drains_the_rest() -> None:
+    world = World(desired=3)
+    world.run()
+    first, second, third = (replica.uid for replica in world.living())
+    world.report(first, KernelHealth.HEALTHY)
+    world.report(third, KernelHealth.HEALTHY)
+    world.run()
+    world.endpoint = replace(world.endpoint, desired=2)
+    world.run()
+    assert world.replicas[second].status is S.TERMINATING
+    assert not world.replicas[second].kernels[0].wanted, "it did not serve: nothing to drain"
+    world.endpoint = replace(world.endpoint, desired=1)
+    plan = world.run()
+    assert world.replicas[third].draining
+    assert world.replicas[third].kernels[0].wanted
+    assert plan.look_again_ms is not None
+    world.drained = frozenset({third})
+    world.run()
+    assert not world.replicas[third].kernels[0].wanted
+    world.stop_what_is_unwanted()
+    world.run()
+    assert world.replicas[third].status is S.TERMINATED
+    assert in_route(world.replicas[first])
+
+
+def test_a_drain_ends_by_the_clock_without_proxies() -> None:
+    world = World(desired=1)
+    world.all_healthy()
+    world.endpoint = replace(world.endpoint, desired=0)
+    world.run()
+    world.now_ms += DRAIN_GRACE_MS
+    world.run()
+    assert not world.living()[0].kernels[0].wanted
+    assert world.plan.status is EndpointStatus.STOPPED
+
+
+def test_unhealthy_leaves_the_route_comes_back_or_is_replaced() -> None:
+    world = World(desired=1)
+    world.all_healthy()
+    uid = world.living()[0].uid
+    world.report(uid, KernelHealth.UNHEALTHY)
+    assert world.run().status is EndpointStatus.UNHEALTHY
+    assert world.serving() == 0
+    world.report(uid, KernelHealth.HEALTHY)
+    assert world.run().status is EndpointStatus.HEALTHY
+    world.report(uid, KernelHealth.UNHEALTHY)
+    world.run()
+    world.now_ms += UNHEALTHY_GRACE_MS
+    world.run()
+    assert world.replicas[uid].status is S.FAILED
+
+
+def test_a_lost_agent_keeps_its_traffic_until_replacements_serve() -> None:
+    world = World(desired=2)
+    world.all_healthy()
+    lost = world.living()[0]
+    agent = lost.kernels[0].agent_uid
+    world.lost_ms = {agent: 20_000}
+    world.run()
+    assert world.made == 2, "lost, but not given up on"
+    world.given_up = frozenset({agent})
+    world.run()
+    assert world.made == 3
+    assert in_route(world.replicas[lost.uid])
+    assert world.serving() == 2
+    newest = world.living()[-1]
+    world.report(newest.uid, KernelHealth.HEALTHY)
+    world.run()
+    assert world.replicas[lost.uid].status is S.FAILED
+    assert world.serving() == 2
+    assert world.plan.status is EndpointStatus.HEALTHY
+
+
+def test_an_agent_that_is_back_keeps_its_replicas() -> None:
+    world = World(desired=2)
+    world.all_healthy()
+    before = {replica.uid for replica in world.living()}
+    agent = world.living()[0].kernels[0].agent_uid
+    world.given_up, world.lost_ms = frozenset({agent}), {agent: 25_000}
+    world.run()
+    world.given_up, world.lost_ms = frozenset(), {}
+    world.run()
+    assert {replica.uid for replica in world.living() if not replica.leaving} == before
+
+
+def test_without_a_replacement_a_lost_replica_leaves_in_the_end() -> None:
+    world = World(desired=1)
+    world.all_healthy()
+    uid = world.living()[0].uid
+    agent = world.living()[0].kernels[0].agent_uid
+    world.given_up, world.lost_ms = frozenset({agent}), {agent: LOST_KEEP_MS}
+    world.run()
+    assert world.replicas[uid].status is S.FAILED
+    assert not world.endpoint.errors
+
+
+def test_a_new_revision_replaces_without_a_gap() -> None:
+    world = World(desired=3)
+    world.all_healthy()
+    world.endpoint = replace(world.endpoint, revision=2)
+    for _ in range(12):
+        world.run()
+        assert world.serving() >= 3
+        staying = [replica for replica in world.living() if not replica.leaving]
+        assert len(staying) <= 3 + SURGE
+        for replica in staying:
+            world.report(replica.uid, KernelHealth.HEALTHY)
+        world.drained = frozenset(replica.uid for replica in world.living() if replica.draining)
+        world.run()
+        world.stop_what_is_unwanted()
+    assert {replica.revision for replica in world.living()} == {2}
+    assert len(world.living()) == 3
+
+
+def test_deletion_waits_for_everything() -> None:
+    world = World()
+    world.all_healthy()
+    world.endpoint = replace(world.endpoint, deleting=True)
+    assert not world.run().gone
+    world.drained = frozenset(world.replicas)
+    world.run()
+    world.stop_what_is_unwanted()
+    assert world.run().gone
+
+
+step = st.sampled_from(
+    ["healthy", "unhealthy", "crash", "gone", "scale", "lose", "back", "tick", "drained", "revise"]
+)
+
+
+@settings(max_examples=150)
+@given(st.lists(st.tuples(step, st.integers(0, 5)), max_size=40))
+def test_whatever_happens_it_settles_and_converges(steps: list) -> None:
+    world = World()
+    world.run()
+    for what, n in steps:
+        living = world.living()
+        chosen = living[n % len(living)] if living else None
+        ran = chosen is not None and chosen.kernels[0].phase not in (KernelPhase.EXITED, KernelPhase.GONE)
+        if what == "healthy" and ran:
+            world.report(chosen.uid, KernelHealth.HEALTHY)
+        elif what == "unhealthy" and ran:
+            world.report(chosen.uid, KernelHealth.UNHEALTHY)
+        elif what == "crash" and ran:
+            world.crash(chosen.uid)
+        elif what == "gone":
+            world.stop_what_is_unwanted()
+        elif what == "scale":
+            world.endpoint = replace(world.endpoint, desired=n)
+        elif what == "lose":
+            world.given_up, world.lost_ms = frozenset({f"a{n % 3}"}), {f"a{n % 3}": 30_000}
+        elif what == "back":
+            world.given_up, world.lost_ms = frozenset(), {}
+        elif what == "tick":
+            world.now_ms += 10_000 * n
+        elif what == "drained":
+            world.drained = frozenset(replica.uid for replica in living if replica.draining)
+        elif what == "revise":
+            world.endpoint = replace(world.endpoint, revision=world.endpoint.revision + 1)
+        world.run()
+        staying = [replica for replica in world.living() if not replica.leaving]
+        assert (
+            len(staying) <= world.endpoint.desired + SURGE + len(world.given_up) * world.endpoint.desired + 6
+        )
+    # Left in peace, it gets where it was wanted.
+    world.given_up, world.lost_ms = frozenset(), {}
+    world.endpoint = replace(world.endpoint, blocked=False, errors=(), failures=0, failed_ms=0)
+    for _ in range(40):
+        world.now_ms += 61_000
+        for replica in world.living():
+            if not replica.leaving and replica.kernels[0].phase not in (KernelPhase.EXITED, KernelPhase.GONE):
+                world.report(replica.uid, KernelHealth.HEALTHY)
+        world.run()
+        world.stop_what_is_unwanted()
+    assert len(world.living()) == world.endpoint.desired
+    assert world.serving() == world.endpoint.desired
+    assert {replica.revision for replica in world.living()} <= {world.endpoint.revision}
