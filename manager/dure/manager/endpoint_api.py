@@ -159,6 +159,7 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
             if "replica_count" in paths and row.replica_count != wanted.replica_count:
                 changes.append(f"replicas {row.replica_count} -> {wanted.replica_count}")
                 row.replica_count = row.desired_replicas = wanted.replica_count
+                _foresee_status(row)
             if "open_to_public" in paths and row.open_to_public != wanted.open_to_public:
                 changes.append(f"open to public {row.open_to_public} -> {wanted.open_to_public}".lower())
                 row.open_to_public = wanted.open_to_public
@@ -285,6 +286,19 @@ async def _earlier(session: AsyncSession, project: schema.Project, request_id: s
             schema.Endpoint.project_uid == project.uid, schema.Endpoint.request_id == request_id
         )
     )
+
+
+def _foresee_status(row: schema.Endpoint) -> None:
+    """The status that a new replica count brings at once: who reads, or waits, before the controller has
+    run must not be told of a health that belongs to the old count."""
+    if row.replica_count == 0:
+        row.status, row.status_reason = EndpointStatus.STOPPED.value, "zero replicas are wanted"
+    elif row.ready_replicas < row.replica_count and row.status in (
+        EndpointStatus.STOPPED,
+        EndpointStatus.HEALTHY,
+    ):
+        row.status = EndpointStatus.DEGRADED.value
+        row.status_reason = f"{row.ready_replicas} of {row.replica_count} healthy"
 
 
 def _check_changeable(row: schema.Endpoint, etag: str) -> None:

@@ -301,6 +301,18 @@ class Bench:
             if one.port:
                 await listening(one.port)
 
+    async def reaches(self, metric: str, value: int) -> None:
+        """Waits until a metric of the proxy, summed over its labels, is at least `value`."""
+        deadline = time.monotonic() + 5
+        while True:
+            lines = [
+                line for line in (await self.proxy.metrics()).split("\n") if line.startswith(metric + "{")
+            ]
+            if sum(float(line.rpartition(" ")[2]) for line in lines) >= value:
+                return
+            assert time.monotonic() < deadline, f"{metric} has not reached {value}: {lines}"
+            await asyncio.sleep(0.005)
+
     async def applied(self) -> None:
         revision = self.manager.revision
         await until(lambda: any(r.applied_revision_number >= revision for r in self.manager.reports[-3:]))

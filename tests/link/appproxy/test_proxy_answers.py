@@ -168,17 +168,13 @@ def test_queue_full_and_queue_timeout(tmp_path: Path) -> None:
             first = asyncio.create_task(get("/1"))
             await arrived.acquire()
             second = asyncio.create_task(get("/2"))
-            metrics = ""
-            while 'endpoint_uid="e"} 1' not in "".join(
-                x for x in metrics.split("\n") if "queued_requests{" in x
-            ):
-                metrics = await b.proxy.metrics()
+            await b.reaches("dure_proxy_queued_requests", 1)
             status, body = await get("/3")
             assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full")
             status, body = await second
             assert (status, json.loads(body)["error"]["code"]) == (503, "queue_timeout")
             third = asyncio.create_task(get("/4"))
-            await asyncio.sleep(0.05)
+            await b.reaches("dure_proxy_queued_requests", 1)
             release.set()
             assert await first == (200, "/1")
             assert await third == (200, "/4")
@@ -205,8 +201,7 @@ def test_who_waits_is_told_when_the_endpoint_stops(tmp_path: Path) -> None:
             first = asyncio.create_task(get())
             await arrived.acquire()
             second = asyncio.create_task(get())
-            await asyncio.sleep(0.1)
-            assert not second.done()
+            await b.reaches("dure_proxy_queued_requests", 1)
             await b.manager.set(route("e", b.port, unavailability=pb.UNAVAILABILITY_STOPPED))
             assert await second == 503
             release.set()
@@ -336,13 +331,13 @@ def test_smuggling_is_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_bad_chunk_in_the_middle_of_an_upload(tmp_path: Path) -> None:
     async def test() -> None:
-        ended = asyncio.Event()
+        began, ended = asyncio.Event(), asyncio.Event()
 
         async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_head(reader)
             try:
                 while await reader.read(1000):
-                    pass
+                    began.set()
             finally:
                 ended.set()
 
@@ -350,7 +345,7 @@ def test_bad_chunk_in_the_middle_of_an_upload(tmp_path: Path) -> None:
             await b.serves(route("e", b.port, port))
             reader, writer = await asyncio.open_connection("127.0.0.1", b.port)
             writer.write(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
-            await asyncio.sleep(0.05)
+            await began.wait()
             writer.write(b"zz\r\n")
             async with asyncio.timeout(2):
                 assert (await read_head(reader)).startswith(b"HTTP/1.1 400")
@@ -369,10 +364,12 @@ def test_a_key_that_left_the_table_signs_no_more(tmp_path: Path) -> None:
                 assert response.status == 200
             b.manager.key = Ed25519PrivateKey.generate()
             b.manager.table_id = "table-2"
+            hellos = len(b.manager.hellos)
             await b.manager.stop()
             await b.manager.start()
-            await until(lambda: len(b.manager.hellos) > 1)
-            await asyncio.sleep(0.2)
+            await until(lambda: len(b.manager.hellos) > hellos)
+            reports = len(b.manager.reports)
+            await until(lambda: len(b.manager.reports) > reports + 1)
             async with b.http.get(b.url, headers=headers) as response:
                 assert (await response.json())["error"]["code"] == "token_bad_signature"
 

@@ -133,7 +133,8 @@ def test_the_only_replica_restarts_within_the_search_time(tmp_path: Path) -> Non
         async with bench(tmp_path) as b:
             await b.serves(route("e", b.port, port))
             request = asyncio.create_task(b.http.post(b.url, data=b"x" * 200_000))
-            await asyncio.sleep(0.5)
+            await b.reaches("dure_proxy_replica_connect_failures_total", 1)
+            await b.reaches("dure_proxy_retries_total", 3)
             assert not request.done()
             async with replica(ok, port):
                 response = await request
@@ -150,7 +151,7 @@ def test_a_table_update_rescues_requests_that_search(tmp_path: Path) -> None:
         async with bench(tmp_path) as b, replica(ok) as new:
             await b.serves(route("e", b.port, free_ports(1)[0]))
             request = asyncio.create_task(b.http.get(b.url))
-            await asyncio.sleep(0.3)
+            await b.reaches("dure_proxy_retries_total", 2)
             await b.manager.set(route("e", b.port, new))
             response = await request
             assert response.status == 200

@@ -269,29 +269,32 @@ def test_expect_continue(tmp_path: Path) -> None:
 
 def test_client_that_leaves_cancels_the_request_at_the_replica(tmp_path: Path) -> None:
     async def test() -> None:
-        gone = asyncio.Event()
+        came, gone = asyncio.Event(), asyncio.Event()
 
         async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_head(reader)
-            if len(pieces) == 1:
+            came.set()
+            if answers:
                 writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
             try:
                 await reader.read()
             finally:
                 gone.set()
 
-        pieces: list[int] = []
+        answers = False
         async with bench(tmp_path) as b, raw_replica(handler) as port:
             await b.serves(route("e", b.port, port))
-            for _ in range(2):  # before the first byte, and in the middle of the response
+            for answers in (False, True):
+                came.clear()
                 gone.clear()
-                _, writer = await asyncio.open_connection("127.0.0.1", b.port)
+                reader, writer = await asyncio.open_connection("127.0.0.1", b.port)
                 writer.write(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-                await asyncio.sleep(0.05)
+                await came.wait()
+                if answers:
+                    await read_head(reader)
                 writer.close()
                 async with asyncio.timeout(1):
                     await gone.wait()
-                pieces.append(1)
 
     run(test)
 

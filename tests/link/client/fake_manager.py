@@ -493,6 +493,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
 
     @refuses
     async def GetCluster(self, request: Any, context: Any) -> admin_pb2.GetClusterResponse:
+        self.fake.calls.append("GetCluster")
         return self.fake.cluster
 
     @refuses

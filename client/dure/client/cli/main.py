@@ -110,7 +110,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. What is still buffered must not fail at exit again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 1
     except (KeyboardInterrupt, click.Abort):
         return 130
     except click.ClickException as error:

@@ -85,13 +85,11 @@ class DevCluster:
     async def start(self, context_files: Iterable[Path]) -> None:
         """Returns once the manager answers, all agents are alive and the proxy is connected.
 
-        Writes the context into `context_files` as soon as there is one. Raises StartFailed.
+        Writes the context into `context_files` then. Raises StartFailed.
         """
         plan = self.plan
         self._launch(self._manager, ["--port", str(plan.ports.manager)])
         await self._until(self._manager_answers, "the manager to answer", [self._manager])
-        for path in context_files:
-            await asyncio.to_thread(save_context, path, self.context)
         async with self.client() as client:
             joined = ["--manager", plan.manager_address, "--name"]
             self._launch(
@@ -121,6 +119,9 @@ class DevCluster:
             await self._until(
                 all_there, "agents and proxy to connect", [self._manager, self._proxy, *self._agents]
             )
+        # Last, so that who waits for the context finds the whole cluster, every agent of it.
+        for path in context_files:
+            await asyncio.to_thread(save_context, path, self.context)
 
     def client(self) -> Client:
         """A client of this cluster; useful once it has started."""
