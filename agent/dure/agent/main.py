@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import uvloop
+
 from dure.agent import machine, ports, prober
 from dure.agent.accelerators import Accelerator, Found, Request
 from dure.agent.backends.base import Abilities, Backend

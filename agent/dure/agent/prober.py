@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import aiohttp
+from yarl import URL
+
 from dure.agent import health
 from dure.agent.health import Health, Policy
-from yarl import URL
 
 DETAIL_CHARACTERS_MAX = 300
 _HEADERS = {"User-Agent": "dure-agent"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
 from dure.agent import devices, environment, health, ports, prober, sockets
 from dure.agent.backends.base import Backend, Ended, Handle, Observation, Plan, StartFailed
 from dure.agent.folders import Folders

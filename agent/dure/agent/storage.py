@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeVar, cast
 
 import grpc.aio
+
 from dure.agent.folders import FILES_MAX
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire.channel import bearer

@@ -10,11 +10,12 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from dure.agent.backends.base import Handle
 from dure.agent.kernel import Action, Event, Kernels, Phase, Step
 from dure.agent.runner import Node, Runner
 from dure.fleet.v1 import fleet_pb2
-from google.protobuf.message import DecodeError
 
 # More than any node runs: a manager that sends more is out of its mind, and must not fill this one's memory.
 KERNELS_MAX = 10_000

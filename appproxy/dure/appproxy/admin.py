@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aiohttp import web
+
 from dure.appproxy.live import Live
 from dure.appproxy.meter import render
 from dure.appproxy.sync import Sync

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from dure.appproxy.table import Route
 from dure.routing.v1 import routing_pb2 as pb
 from dure.wire.tokens import Claims, TokenRefused, verify

@@ -7,6 +7,7 @@ import json
 from http import HTTPStatus
 
 from aiohttp import web
+
 from dure.appproxy.admission import Refusal
 
 _PAGE = """<!doctype html>

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiohttp import web
+
 from dure.appproxy import headers as hygiene
 from dure.appproxy.admission import Grant, Refusal, refusal
 from dure.appproxy.answers import answer

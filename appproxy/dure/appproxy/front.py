@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
+
 from dure.appproxy.admission import refusal
 from dure.appproxy.answers import answer
 from dure.appproxy.forward import Forwarder

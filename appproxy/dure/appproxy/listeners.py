@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiohttp import web
+
 from dure.appproxy.front import Front
 from dure.appproxy.live import Endpoint, Live
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 import uvloop
 from click.core import ParameterSource
+
 from dure.appproxy.live import Limits
 from dure.appproxy.serve import Settings, serve
 from dure.wire import identity, logs, names

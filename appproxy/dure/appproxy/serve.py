@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
+
 from dure.appproxy.admin import make_admin
 from dure.appproxy.forward import Forwarder
 from dure.appproxy.front import Front

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+
 from dure.appproxy.listeners import Listeners
 from dure.appproxy.live import Live
 from dure.appproxy.table import Assembler, Table, TableError, dump, load

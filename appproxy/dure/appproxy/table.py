@@ -11,8 +11,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dure.routing.v1 import routing_pb2 as pb
 from google.protobuf.message import DecodeError
+
+from dure.routing.v1 import routing_pb2 as pb
 
 _MAGIC = b"DURE-TABLE-1\n"
 _DIGEST_BYTES = 32

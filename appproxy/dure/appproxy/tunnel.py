@@ -11,6 +11,7 @@ from typing import cast
 
 from aiohttp import web
 from aiohttp.http_websocket import WebSocketReader
+
 from dure.appproxy.upstream import Connection
 
 # Neither side has sent a byte for this long: the other end is gone without a word.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+
 from dure.appproxy.admission import refusal
 from dure.appproxy.live import Refused
 from dure.appproxy.upstream import Connection

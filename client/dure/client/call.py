@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
+
 from dure.wire.backoff import backoff_s
 from dure.wire.channel import bearer, open_channel
 from dure.wire.errors import DureError, ManagerUnreachable, TimedOut, Unauthenticated, from_rpc

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli
+
 from dure.wire.errors import DureError, InvalidInput
 from dure.wire.settings import write_toml
 

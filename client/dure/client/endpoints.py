@@ -7,6 +7,8 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 
+from google.protobuf import field_mask_pb2
+
 from dure.client import watch as watching
 from dure.client.call import PAGE_SIZE, Caller, all_pages
 from dure.client.waiting import judge, summary
@@ -14,7 +16,6 @@ from dure.v1 import endpoint_pb2, endpoint_pb2_grpc
 from dure.v1.endpoint_pb2 import Endpoint, Event, Replica, WatchEndpointsResponse
 from dure.wire import names
 from dure.wire.errors import DureError, NotFound, TimedOut
-from google.protobuf import field_mask_pb2
 
 Notify = Callable[[Endpoint], None]
 

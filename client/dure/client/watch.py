@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncGenerator
 
 import grpc.aio
+
 from dure.client.call import Caller
 from dure.v1 import endpoint_pb2_grpc
 from dure.v1.endpoint_pb2 import WatchEndpointsRequest, WatchEndpointsResponse

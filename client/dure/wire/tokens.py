@@ -72,7 +72,7 @@ def verify(token: str, keys: dict[str, Ed25519PublicKey]) -> Claims:
             issued_at=int(payload["iat"]),
             expires_at=int(payload["exp"]),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise TokenRefused("malformed") from error
     key = keys.get(key_id) if isinstance(key_id, str) else None
     if key is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.manager import schema
 from dure.manager.routes import host_label
 from dure.manager.store import Tx, now_ms
 from dure.routing.v1 import routing_pb2
 from dure.wire.errors import ResourceExhausted
-from sqlalchemy import delete, select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 # A table on the disk of a proxy that was away must not lead callers to another tenant.
 REST_MS = 10 * 60 * 1000

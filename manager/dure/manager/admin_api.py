@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import dure.wire
 import grpc.aio
+from sqlalchemy import select
+
+import dure.wire
 from dure.manager import auth, messages, schema
 from dure.manager.fleet import Fleet
 from dure.manager.hub import Hub
@@ -16,7 +18,6 @@ from dure.routing.v1 import routing_pb2
 from dure.v1 import admin_pb2, admin_pb2_grpc
 from dure.wire import errors, names, tokens
 from dure.wire.errors import Violation
-from sqlalchemy import select
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import grpc.aio
+from sqlalchemy import select
+
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import placement, schema, scope, views
 from dure.manager.fleet import Fleet
@@ -13,7 +15,6 @@ from dure.manager.store import Store
 from dure.v1 import agent_pb2, agent_pb2_grpc
 from dure.wire import errors, names
 from dure.wire.quantities import CPU, DEVICES, MEM, SHARES, format_slot
-from sqlalchemy import select
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from grpc_status import rpc_status
+from sqlalchemy import select
+
 from dure.manager import schema
 from dure.manager.store import Store, now_ms
 from dure.wire import errors, tokens
-from grpc_status import rpc_status
-from sqlalchemy import select
 
 log = logging.getLogger(__name__)
 

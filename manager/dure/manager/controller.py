@@ -15,6 +15,9 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import replicas as decisions
 from dure.manager import routes, schema, views
@@ -35,8 +38,6 @@ from dure.manager.retention import prune
 from dure.manager.store import Key, Store, Tx, new_uid, now_ms
 from dure.routing.v1 import routing_pb2
 from dure.wire.backoff import backoff_s
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 log = logging.getLogger(__name__)
 

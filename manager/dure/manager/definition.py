@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+
 from dure.fleet.v1 import fleet_pb2
 from dure.wire.errors import InvalidInput, Violation
 

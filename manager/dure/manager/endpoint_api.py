@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import grpc.aio
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.manager import messages, revisions, schema, scope, views
 from dure.manager.addresses import assign_address
 from dure.manager.folders import Folders
@@ -14,9 +18,6 @@ from dure.manager.watch import Watcher
 from dure.v1 import endpoint_pb2, endpoint_pb2_grpc
 from dure.wire import errors, names
 from dure.wire.errors import Violation
-from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

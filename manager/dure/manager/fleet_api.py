@@ -8,6 +8,8 @@ from collections import OrderedDict
 from typing import Any
 
 import grpc.aio
+from sqlalchemy import select
+
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.manager import auth, liveness, schema
 from dure.manager.fleet import Connection, Fleet
@@ -18,7 +20,6 @@ from dure.manager.model import KernelPhase
 from dure.manager.store import Store
 from dure.wire import errors
 from dure.wire.channel import PIECE_BYTES
-from sqlalchemy import select
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+
 from dure.manager import messages, schema, scope
 from dure.manager.folders import FileFacts, Folders
 from dure.manager.store import Store, new_uid, now_ms
@@ -14,8 +17,6 @@ from dure.v1 import folder_pb2, folder_pb2_grpc
 from dure.wire import errors, names
 from dure.wire.channel import PIECE_BYTES, PIECE_BYTES_MAX
 from dure.wire.errors import Violation
-from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

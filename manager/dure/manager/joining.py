@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from sqlalchemy import select
+
 from dure.manager import schema
 from dure.manager.store import Store, new_uid, now_ms
 from dure.wire import errors, names, tokens
-from sqlalchemy import select
 
 
 async def join(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from dure.routing.v1 import routing_pb2
 from dure.wire import errors, tokens
 from dure.wire.settings import write_file

@@ -14,6 +14,11 @@ from pathlib import Path
 import click
 import grpc.aio
 import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from sqlalchemy import select
+
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.manager import schema
 from dure.manager.admin_api import AdminApi
@@ -47,10 +52,6 @@ from dure.v1 import (
 from dure.wire import logs, programs, settings, tokens
 from dure.wire.channel import SERVER_OPTIONS
 from dure.wire.errors import DureError
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection
-from sqlalchemy import select
 
 log = logging.getLogger(__name__)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from google.protobuf import timestamp_pb2
+
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import schema
 from dure.manager.model import KernelHealth
 from dure.v1 import endpoint_pb2, folder_pb2
 from dure.wire import names
 from dure.wire.quantities import format_slot
-from google.protobuf import timestamp_pb2
 
 _HEALTH = {
     KernelHealth.UNKNOWN: endpoint_pb2.HEALTH_UNKNOWN,

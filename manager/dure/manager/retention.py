@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from sqlalchemy import delete, select
+
 from dure.manager import schema
 from dure.manager.model import KernelPhase
 from dure.manager.store import Store, now_ms
 from dure.wire import names
-from sqlalchemy import delete, select
 
 DAY_MS = 24 * 3600 * 1000
 EVENTS_KEPT_MS = 14 * DAY_MS

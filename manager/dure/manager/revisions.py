@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import definition, schema, scope
 from dure.manager.folders import Folders, check_path
@@ -17,7 +19,6 @@ from dure.v1 import endpoint_pb2
 from dure.wire import errors, names, quantities
 from dure.wire.errors import InvalidInput, Violation
 from dure.wire.quantities import CPU, MEM
-from sqlalchemy.ext.asyncio import AsyncSession
 
 RUNTIMES = ("custom",)
 MOUNT_DESTINATION = "/models"

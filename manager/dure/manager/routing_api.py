@@ -7,6 +7,8 @@ import logging
 from typing import Any
 
 import grpc.aio
+from sqlalchemy import select
+
 from dure.manager import auth, schema
 from dure.manager.controller import Controller
 from dure.manager.hub import Hub, Proxy
@@ -15,7 +17,6 @@ from dure.manager.store import Store, now_ms
 from dure.routing.v1 import routing_pb2, routing_pb2_grpc
 from dure.wire import errors
 from dure.wire.errors import Violation
-from sqlalchemy import select
 
 log = logging.getLogger(__name__)
 

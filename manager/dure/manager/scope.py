@@ -6,11 +6,12 @@ import base64
 import json
 from typing import Any
 
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.manager import schema
 from dure.wire import errors, names
 from dure.wire.errors import Violation
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 PAGE_DEFAULT, PAGE_MAX = 100, 1000
 

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from alembic import command
 from alembic.config import Config
-from dure.manager import schema
-from dure.wire import names
 from sqlalchemy import Engine, create_engine, delete, event, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+
+from dure.manager import schema
+from dure.wire import names
 
 Kind = Literal["endpoint", "agent", "proxy", "folder"]
 Key = tuple[Kind, str]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import grpc.aio
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.manager import messages, schema, scope
 from dure.manager.keys import SigningKeys
 from dure.manager.store import Store, new_uid, now_ms
 from dure.v1 import token_pb2, token_pb2_grpc
 from dure.wire import errors, names, tokens
 from dure.wire.errors import Violation
-from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import schema
 from dure.manager.model import (
@@ -19,8 +22,6 @@ from dure.manager.model import (
     ReplicaView,
 )
 from dure.manager.placement import DeviceCapacity, Node
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 
 def endpoint_view(row: schema.Endpoint) -> EndpointView:

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from dure.manager import schema, scope
 from dure.manager.store import Store
 from dure.v1 import endpoint_pb2
 from dure.wire import errors, names
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 BATCH_BYTES = 256 * 1024
 SENDING_WAIT_S = 30.0

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import grpc.aio
+
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire.channel import SERVER_OPTIONS
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tomli
 from agent_fakes import JOIN_TOKEN, AgentProcess, alive, cluster, spec
+
 from dure.fleet.v1 import fleet_pb2
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from agent_fakes import alive, cluster, spec
+
 from dure.fleet.v1 import fleet_pb2
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs cgroups and mount namespaces")

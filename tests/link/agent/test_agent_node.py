@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from agent_fakes import AgentProcess, alive, cluster, processes_of, spec
+
 from dure.agent.backends.cgroups import Cgroups
 from dure.fleet.v1 import fleet_pb2
 

@@ -18,6 +18,7 @@ import grpc.aio
 import uvloop
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from dure.appproxy.live import Limits
 from dure.appproxy.serve import Settings, serve
 from dure.routing.v1 import routing_pb2 as pb

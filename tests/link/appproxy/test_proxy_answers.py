@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from dure.routing.v1 import routing_pb2 as pb
-from dure.wire.tokens import Claims, sign
 from proxy_fakes import (
     KEY_ID,
     bench,
@@ -24,6 +22,9 @@ from proxy_fakes import (
     target,
     until,
 )
+
+from dure.routing.v1 import routing_pb2 as pb
+from dure.wire.tokens import Claims, sign
 
 
 async def _ok(request: web.Request) -> web.Response:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import aiohttp
 from aiohttp import web
-from dure.routing.v1 import routing_pb2 as pb
 from proxy_fakes import (
     FakeManager,
     bench,
@@ -24,6 +23,8 @@ from proxy_fakes import (
     target,
     until,
 )
+
+from dure.routing.v1 import routing_pb2 as pb
 
 
 async def _ok(request: web.Request) -> web.Response:

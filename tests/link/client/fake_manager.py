@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
+from grpc_status import rpc_status
+
 from dure.client.context import Context, save_context
 from dure.v1 import (
     admin_pb2,
@@ -40,7 +42,6 @@ from dure.wire.errors import (
     to_status,
 )
 from dure.wire.quantities import parse_slots
-from grpc_status import rpc_status
 
 KEY = "dure_key_of_the_fake_manager"
 Answer = TypeVar("Answer")

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from link.client.fake_manager import FakeManager, fake_manager, until, write_context
+
 from dure.client.context import Context, load_context, save_context
 from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2
-from link.client.fake_manager import FakeManager, fake_manager, until, write_context
 
 CREATE = [
     "endpoint",

@@ -107,9 +107,7 @@ def test_a_given_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
 def test_a_program_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     (data_dir / "manager").mkdir(parents=True)
-    (data_dir / "manager" / "dure.db").write_text(
-        "this is no database, but it is long" * 200
-    )
+    (data_dir / "manager" / "dure.db").write_text("this is no database, but it is long" * 200)
     dure = Dure(tmp_path / "context.toml", tmp_path)
 
     async def run() -> None:

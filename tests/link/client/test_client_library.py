@@ -12,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from link.client.fake_manager import KEY, FakeManager, fake_manager, until
+
 from dure.client import Client
 from dure.v1 import endpoint_pb2, folder_pb2
 from dure.wire.errors import (
@@ -25,7 +27,6 @@ from dure.wire.errors import (
     TimedOut,
     Unauthenticated,
 )
-from link.client.fake_manager import KEY, FakeManager, fake_manager, until
 
 Body = Callable[[FakeManager, Client], Awaitable[None]]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from dure.agent import health
-from dure.agent.health import Health, Policy, State
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dure.agent import health
+from dure.agent.health import Health, Policy, State
 
 DEFAULTS = Policy(interval_s=10.0, max_retries=10, max_wait_s=15.0, initial_delay_s=60.0)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from dure.agent import kernel
-from dure.agent.kernel import TABLE, Action, Event, IllegalTransition, Kernels, Phase, Step
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dure.agent import kernel
+from dure.agent.kernel import TABLE, Action, Event, IllegalTransition, Kernels, Phase, Step
 
 UIDS = ("a", "b", "c")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from dure.agent import ports
-from dure.agent.ports import REST_S, Lease, NoPort, Table
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dure.agent import ports
+from dure.agent.ports import REST_S, Lease, NoPort, Table
 
 FEW = range(20000, 20003)
 

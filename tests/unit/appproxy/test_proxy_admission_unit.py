@@ -8,6 +8,8 @@ from base64 import urlsafe_b64encode
 import hypothesis.strategies as st
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+
 from dure.appproxy.admission import (
     ANSWERS,
     TOKENS_MEMO_MAX,
@@ -21,7 +23,6 @@ from dure.appproxy.admission import (
 from dure.appproxy.answers import prefers_html
 from dure.appproxy.table import Route
 from dure.wire.tokens import Claims, sign
-from hypothesis import given
 
 _KEY = Ed25519PrivateKey.generate()
 _HEAD = {"alg": "EdDSA", "kid": "k"}

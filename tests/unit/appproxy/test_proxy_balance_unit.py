@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from dure.appproxy.balance import EJECTION_MAX_S, Balancer, NoReplica, Replica
 from dure.appproxy.table import Target
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 
 def _balancer(*targets: Target, most: int = 100) -> Balancer:

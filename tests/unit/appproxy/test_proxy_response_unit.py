@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
+from hypothesis import given
+
 from dure.appproxy.headers import Edge, origin_form, request_head, response_head, trailer_lines
 from dure.appproxy.response import Cut, End, Event, Head, Malformed, ResponseReader
-from hypothesis import given
 
 
 def _read(data: bytes, cuts: list[int], method: str = "GET") -> tuple[list[Event], ResponseReader]:

@@ -6,9 +6,10 @@ import itertools
 
 import hypothesis.strategies as st
 import pytest
+from hypothesis import given
+
 from dure.appproxy.table import Assembler, Table, TableError, dump, load
 from dure.routing.v1 import routing_pb2 as pb
-from hypothesis import given
 
 
 def _route(number: int, version: int = 0) -> pb.Route:

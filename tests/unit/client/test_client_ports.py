@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from dure.client.dev.ports import Ports, WantedPorts, choose, parse_pool
 from dure.wire.errors import DureError
 

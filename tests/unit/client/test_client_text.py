@@ -6,6 +6,8 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from dure.client.cli import tables
 from dure.client.cli.failures import explain
 from dure.client.cli.output import dumps, enum_word, to_value
@@ -13,7 +15,6 @@ from dure.client.cli.text import age, align, cells, clean, cut, parse_expiry, sp
 from dure.client.waiting import judge, summary
 from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2
 from dure.wire.errors import InvalidInput, ManagerUnreachable, NotFound, Violation
-from google.protobuf.timestamp_pb2 import Timestamp
 
 
 def test_documents_hold_every_field_by_its_proto_name() -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from dure.client.tree import files_of, inside
 from dure.wire.errors import InvalidInput
 

@@ -1,10 +1,11 @@
 """Definition files: the document's own, and what is said of wrong ones."""
 
 import pytest
-from dure.manager.definition import parse
-from dure.wire.errors import InvalidInput
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dure.manager.definition import parse
+from dure.wire.errors import InvalidInput
 
 DOCUMENT = """
 models:

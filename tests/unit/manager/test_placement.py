@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dure.manager.model import Grant
 from dure.manager.placement import (
     DeviceCapacity,
@@ -13,8 +16,6 @@ from dure.manager.placement import (
     portions,
 )
 from dure.wire.quantities import CPU, DEVICES, MEM, MILLI, SHARES
-from hypothesis import given
-from hypothesis import strategies as st
 
 GPU = {SHARES: MILLI, DEVICES: MILLI}
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dure.manager.model import (
     ENDED,
     EndpointStatus,
@@ -26,8 +29,6 @@ from dure.manager.replicas import (
     in_route,
     reconcile,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 S = ReplicaStatus
 

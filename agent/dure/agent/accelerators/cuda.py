@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 import pynvml
+
 from dure.agent.accelerators import Found, Request, device
 from dure.fleet.v1 import fleet_pb2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from dure.client.cli import describe, live, tables
 from dure.client.cli.options import Shell, command
 from dure.client.cli.output import emit, emit_list

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+
 from dure.client.cli.output import dumps
 from dure.client.context import DEFAULT_PROJECT, Context, context_path, load_context, save_context
 from dure.wire.errors import DureError

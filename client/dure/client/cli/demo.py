@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
 from dure.client.cli import live
 from dure.client.cli.dev import capacity, say
 from dure.client.cli.folder import progress_bar

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import click
+
 from dure.client.cli import tables
 from dure.client.cli.text import clean, moment
 from dure.v1.agent_pb2 import Agent

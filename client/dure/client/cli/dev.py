@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import click
+
 from dure.client.cli.tables import amount_text
 from dure.client.context import context_path, load_context
 from dure.client.dev.cluster import DevCluster

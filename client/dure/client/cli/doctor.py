@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+
 from dure.client.checkup import CheckUp, check_up
 from dure.client.cli.options import Duration
 from dure.client.cli.output import dumps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import aclosing
 
 import click
+
 from dure.client.cli import describe, live, tables
 from dure.client.cli.options import Duration, Shell, command
 from dure.client.cli.output import emit, emit_list

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from dure.client.cli import live, tables
 from dure.client.cli.endpoint import endpoint
 from dure.client.cli.options import Pair, Shell, command, pairs, timeout, waiting

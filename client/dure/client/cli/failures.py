@@ -7,6 +7,7 @@ import sys
 import traceback
 
 import click
+
 from dure.wire.errors import (
     AlreadyExists,
     Conflict,

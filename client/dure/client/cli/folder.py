@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
 from dure.client.cli import tables
 from dure.client.cli.options import Shell, command
 from dure.client.cli.output import emit, emit_list

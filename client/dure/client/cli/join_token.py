@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from dure.client.cli.options import Duration, Shell, command
 from dure.client.cli.output import dumps, to_value
 from dure.client.cli.text import moment

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+
 from dure.client.cli import tables
 from dure.client.cli.options import Shell
 from dure.client.cli.output import dumps, to_value

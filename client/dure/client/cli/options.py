@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from dure.client.client import Client
 from dure.wire.quantities import parse_duration_s
 

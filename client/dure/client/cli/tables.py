@@ -11,6 +11,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import click
+
 from dure.client.cli.output import enum_word
 from dure.client.cli.text import GAP, age, align, cells, clean, cut, duration_span, moment
 from dure.v1.agent_pb2 import Agent

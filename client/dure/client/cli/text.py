@@ -6,9 +6,10 @@ import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from dure.wire.quantities import parse_duration_s
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+
+from dure.wire.quantities import parse_duration_s
 
 GAP = "  "
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import click
+
 from dure.client.cli import tables
 from dure.client.cli.options import Shell, command
 from dure.client.cli.output import emit, emit_list

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import click
+
 from dure.client.client import Client
 from dure.client.demo import chat
 from dure.client.transfer import Progress

@@ -1,6 +1,7 @@
 """Runs Alembic on the connection, and in the transaction, that the store hands over."""
 
 from alembic import context
+
 from dure.manager.schema import Base
 
 context.configure(

@@ -1,0 +1,21 @@
+"""`python -m bench [NAME ...]`: runs all benchmarks, or those named."""
+
+from __future__ import annotations
+
+import sys
+
+from bench import forwarding, readiness
+
+BENCHMARKS = {"readiness": readiness.main, "forwarding": forwarding.main}
+
+
+def run() -> None:
+    names = sys.argv[1:] or list(BENCHMARKS)
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        raise SystemExit(f"no benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
+    for name in names:
+        BENCHMARKS[name]()
+
+
+run()
