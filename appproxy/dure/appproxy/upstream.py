@@ -18,8 +18,12 @@ from typing import cast
 from dure.appproxy.response import Cut, Event, Malformed, ResponseReader
 
 CONNECT_TIMEOUT_S = 2.0
-IDLE_PER_REPLICA_MAX = 8
-IDLE_MAX_S = 2.0
+# Model servers with a thread per connection (llama.cpp's) starve their own /health under many idle ones:
+# few are kept for IDLE_MAX_S, more only from one request of a busy moment to the next.
+IDLE_PER_REPLICA_MAX = 48
+IDLE_KEPT_PER_REPLICA = 8
+IDLE_MAX_S, IDLE_BURST_MAX_S = 2.0, 0.2
+SWEEP_S = 0.1
 # A request that must not be sent twice takes no connection that was idle for longer.
 IDLE_FOR_UNSAFE_MAX_S = 1.0
 # Body bytes of a response that may wait for a slow client before reading from the replica pauses.
@@ -274,10 +278,13 @@ class Pool:
     async def sweep(self) -> None:
         """Ends connections that have been idle for too long, until cancelled."""
         while True:
-            await asyncio.sleep(IDLE_MAX_S / 4)
-            oldest_s = asyncio.get_running_loop().time() - IDLE_MAX_S
+            await asyncio.sleep(SWEEP_S)
+            now_s = asyncio.get_running_loop().time()
             for address, idle in list(self._idle.items()):
-                while idle and idle[0].idle_since_s < oldest_s:
+                # The oldest stands first.
+                while idle and now_s - idle[0].idle_since_s > (
+                    IDLE_BURST_MAX_S if len(idle) > IDLE_KEPT_PER_REPLICA else IDLE_MAX_S
+                ):
                     connection = idle.popleft()
                     connection.on_idle_lost = None
                     connection.close()
