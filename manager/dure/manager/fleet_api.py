@@ -108,8 +108,11 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
         seen: set[str] = set()
         while True:
             # An agent that says nothing for three of the times after which it is lost is cut off.
-            async with asyncio.timeout(liveness.SILENCE_MS * 3 / 1000):
-                message = await context.read()
+            try:
+                async with asyncio.timeout(liveness.SILENCE_MS * 3 / 1000):
+                    message = await context.read()
+            except TimeoutError as error:
+                raise errors.TimedOut("this agent has sent no heartbeat for too long") from error
             if message is grpc.aio.EOF:
                 return
             self._fleet.heard(connection.agent_uid)

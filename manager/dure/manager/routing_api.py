@@ -101,8 +101,11 @@ class RoutingApi(routing_pb2_grpc.RoutingServiceServicer):
 
     async def _listen(self, proxy: Proxy, context: Context, sending: asyncio.Lock) -> None:
         while True:
-            async with asyncio.timeout(SILENCE_S):
-                message = await context.read()
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    message = await context.read()
+            except TimeoutError as error:
+                raise errors.TimedOut("this proxy has sent no report for too long") from error
             if message is grpc.aio.EOF:
                 return
             if not message.HasField("report"):
