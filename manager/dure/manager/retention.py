@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 
 from dure.manager import schema
 from dure.manager.model import KernelPhase
@@ -11,6 +11,8 @@ from dure.wire import names
 
 DAY_MS = 24 * 3600 * 1000
 EVENTS_KEPT_MS = 14 * DAY_MS
+EVENTS_PER_ENDPOINT_MAX = 2_000
+TOKENS_KEPT_MS = 30 * DAY_MS
 REPLICAS_KEPT_MS = 3 * DAY_MS
 JOIN_TOKENS_KEPT_MS = DAY_MS
 # Rows dropped in one transaction: the writer must not be held for long.
@@ -26,6 +28,19 @@ async def prune(store: Store) -> None:
         oldest = names.new_uid(now - EVENTS_KEPT_MS, 0)
         old = select(schema.Event.uid).where(schema.Event.uid < oldest).limit(ROWS_MAX)
         await session.execute(delete(schema.Event).where(schema.Event.uid.in_(old)))
+        talkative = await session.scalars(
+            select(schema.Event.endpoint_uid)
+            .group_by(schema.Event.endpoint_uid)
+            .having(func.count() > EVENTS_PER_ENDPOINT_MAX)
+            .limit(100)
+        )
+        for endpoint_uid in list(talkative):
+            mine = schema.Event.endpoint_uid == endpoint_uid
+            newest = select(schema.Event.uid).where(mine).order_by(schema.Event.uid.desc())
+            last_kept = await session.scalar(newest.offset(EVENTS_PER_ENDPOINT_MAX - 1).limit(1))
+            await session.execute(delete(schema.Event).where(mine, schema.Event.uid < last_kept))
+        expired_s = (now - TOKENS_KEPT_MS) // 1000
+        await session.execute(delete(schema.Token).where(schema.Token.expires_s < expired_s))
         ended = list(
             await session.scalars(
                 select(schema.Replica.uid)

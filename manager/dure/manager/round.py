@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import select
@@ -22,7 +23,7 @@ from dure.manager.model import (
     ReplicaView,
     Surroundings,
 )
-from dure.manager.placement import Placed, Request, place
+from dure.manager.placement import Node, Placed, Request, place
 from dure.manager.store import Tx, new_uid, now_ms
 from dure.routing.v1 import routing_pb2
 
@@ -157,18 +158,22 @@ class Round:
         for uid, kernels in self.kernels.items():
             if uid in self.rows and self.rows[uid].ended_ms is None:
                 peers[kernels[0].agent_uid] = peers.get(kernels[0].agent_uid, 0) + 1
-        statuses = self.fleet.statuses()
+        nodes: dict[str, list[Node]] = {}
         refused: dict[int, str] = {}
         for row in waiting:
             # A second replica of a revision that found no place would hear the same.
             if row.revision not in refused:
                 spec, fixed_port = await self._spec(row.revision)
-                request = Request(spec["slots"], spec["resource_group"], fixed_port, peers)
-                placed = place(request, await views.nodes(session, spec["resource_group"], statuses))
+                group = spec["resource_group"]
+                if group not in nodes:
+                    nodes[group] = await views.nodes(session, group, self.fleet.statuses())
+                request = Request(spec["slots"], group, fixed_port, peers)
+                placed = place(request, nodes[group])
                 if isinstance(placed, Placed):
                     self._grant(row, placed)
                     peers[placed.node.uid] = peers.get(placed.node.uid, 0) + 1
-                    await session.flush()
+                    fuller = replace(placed.node, grants=(*placed.node.grants, placed.grant))
+                    nodes[group] = [fuller if node.uid == fuller.uid else node for node in nodes[group]]
                     continue
                 refused[row.revision] = placed.sentence(request)
             self.pending = True
