@@ -11,7 +11,7 @@ import grpc.aio
 from sqlalchemy import select
 
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from dure.manager import auth, liveness, schema
+from dure.manager import auth, liveness, schema, streams
 from dure.manager.fleet import Connection, Fleet
 from dure.manager.folders import Folders
 from dure.manager.intake import Intake
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-HELLO_WAIT_S = 10.0
-SENDING_WAIT_S = 30.0
 PIECE_KERNELS = 32
 TEMPLATES_MAX = 1_000
 DEVICES_MAX, LIMITATIONS_MAX = 256, 50
@@ -58,33 +56,22 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
 
     async def Connect(self, _requests: Any, context: Context) -> None:  # type: ignore[override]
         agent_uid = auth.current().uid
-        async with asyncio.timeout(HELLO_WAIT_S):
-            first = await context.read()
-        if first is grpc.aio.EOF or not first.HasField("hello"):
-            raise errors.InvalidInput("the first message of an agent's stream must be its hello")
-        hello = _checked(first.hello, context.peer())
+        hello = _checked(await streams.read_hello(context, "an agent"), context.peer())
         await self._store_hello(agent_uid, hello)
         connection = self._fleet.opened(agent_uid, hello.resource_group)
         name = auth.current().name
         log.info("agent %s connected from %s", name, context.peer())
         observed = asyncio.Event()
         try:
-            await _send(connection, context, fleet_pb2.ConnectResponse(welcome=self._welcome(agent_uid)))
-            tasks = [
-                asyncio.create_task(self._listen(connection, context, observed)),
-                asyncio.create_task(self._tell(connection, context, observed)),
-                asyncio.create_task(connection.replaced.wait()),
-            ]
-            try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            for task in done:
-                task.result()
-            if connection.replaced.is_set():
-                raise errors.Conflict("a newer stream of this agent took over")
+            await streams.send(
+                context, connection.sending, fleet_pb2.ConnectResponse(welcome=self._welcome(agent_uid))
+            )
+            await streams.serve(
+                "agent",
+                connection.replaced,
+                self._listen(connection, context, observed),
+                self._tell(connection, context, observed),
+            )
         finally:
             self._fleet.closed(connection)
             log.info("agent %s disconnected", name)
@@ -118,7 +105,7 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             self._fleet.heard(connection.agent_uid)
             if message.HasField("heartbeat"):
                 ack = fleet_pb2.HeartbeatAck(sequence=message.heartbeat.sequence)
-                await _send(connection, context, fleet_pb2.ConnectResponse(heartbeat_ack=ack))
+                await streams.send(context, connection.sending, fleet_pb2.ConnectResponse(heartbeat_ack=ack))
             elif message.HasField("observed"):
                 if not self._intake.report(connection.agent_uid, message.observed.kernels):
                     raise errors.ResourceExhausted("the manager is behind with reports; come again")
@@ -166,7 +153,7 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             connection.dirty.clear()
             specs, removals = await self._wanted(connection, everything=first)
             for message in _pieces(specs, removals, snapshot=first):
-                await _send(connection, context, fleet_pb2.ConnectResponse(desired=message))
+                await streams.send(context, connection.sending, fleet_pb2.ConnectResponse(desired=message))
             first = False
             await connection.dirty.wait()
 
@@ -256,11 +243,6 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             )
         if mounted is None:
             raise errors.PermissionDenied(f"no kernel of this agent mounts folder {folder_uid}")
-
-
-async def _send(connection: Connection, context: Context, message: fleet_pb2.ConnectResponse) -> None:
-    async with asyncio.timeout(SENDING_WAIT_S), connection.sending:
-        await context.write(message)
 
 
 def _checked(hello: fleet_pb2.Hello, peer: str) -> fleet_pb2.Hello:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 from sqlalchemy import select
 
-from dure.manager import auth, schema
+from dure.manager import auth, schema, streams
 from dure.manager.controller import Controller
 from dure.manager.hub import Hub, Proxy
 from dure.manager.joining import join
@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-HELLO_WAIT_S = 10.0
-SENDING_WAIT_S = 30.0
 # Proxies report every two seconds.
 SILENCE_S = 15.0
 UNAVAILABLE_PORTS_MAX, DRAINED_MAX, UNREACHABLE_MAX = 65_535, 100_000, 100
@@ -45,32 +43,19 @@ class RoutingApi(routing_pb2_grpc.RoutingServiceServicer):
 
     async def Connect(self, _requests: Any, context: Context) -> None:  # type: ignore[override]
         principal = auth.current()
-        async with asyncio.timeout(HELLO_WAIT_S):
-            first = await context.read()
-        if first is grpc.aio.EOF or not first.HasField("hello"):
-            raise errors.InvalidInput("the first message of a proxy's stream must be its hello")
-        hello = _checked(first.hello)
+        hello = _checked(await streams.read_hello(context, "a proxy"))
         await self._store_hello(principal.uid, hello)
         proxy = Proxy(principal.uid, principal.name, hello.proxy_group, hello)
         self._hub.opened(proxy)
         log.info("proxy %s connected from %s", proxy.name, context.peer())
         sending = asyncio.Lock()
         try:
-            tasks = [
-                asyncio.create_task(self._listen(proxy, context, sending)),
-                asyncio.create_task(self._tell(proxy, context, sending)),
-                asyncio.create_task(proxy.replaced.wait()),
-            ]
-            try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            for task in done:
-                task.result()
-            if proxy.replaced.is_set():
-                raise errors.Conflict("a newer stream of this proxy took over")
+            await streams.serve(
+                "proxy",
+                proxy.replaced,
+                self._listen(proxy, context, sending),
+                self._tell(proxy, context, sending),
+            )
         finally:
             self._hub.closed(proxy)
             self._controller.proxies_moved()
@@ -126,21 +111,16 @@ class RoutingApi(routing_pb2_grpc.RoutingServiceServicer):
                 self._controller.wake(uid)
             if moved:
                 self._controller.proxies_moved()
-            await _send(context, sending, routing_pb2.ConnectResponse(pong=routing_pb2.Pong()))
+            await streams.send(context, sending, routing_pb2.ConnectResponse(pong=routing_pb2.Pong()))
 
     async def _tell(self, proxy: Proxy, context: Context, sending: asyncio.Lock) -> None:
         table_id, revision = proxy.hello.table_id, proxy.hello.revision_number
         while True:
             pieces = self._hub.updates_after(table_id, revision)
             for piece in pieces:
-                await _send(context, sending, routing_pb2.ConnectResponse(update=piece))
+                await streams.send(context, sending, routing_pb2.ConnectResponse(update=piece))
             table_id, revision = self._hub.table_id, pieces[-1].revision_number
             await self._hub.changed_after(revision)
-
-
-async def _send(context: Context, sending: asyncio.Lock, message: routing_pb2.ConnectResponse) -> None:
-    async with asyncio.timeout(SENDING_WAIT_S), sending:
-        await context.write(message)
 
 
 def _checked(hello: routing_pb2.Hello) -> routing_pb2.Hello:
