@@ -44,6 +44,8 @@ MOVES: dict[ReplicaStatus, frozenset[ReplicaStatus]] = {
 
 FAILURES_MAX = 5
 BACKOFF_FIRST_MS, BACKOFF_MAX_MS = 1_000, 60_000
+# Replicas that served and then died never wait longer than this many failures make: 8 s.
+SERVED_FAILURES_MAX = 4
 # A replica that was healthy for this long ends a series of failures.
 STABLE_MS = 10_000
 UNHEALTHY_GRACE_MS = 60_000
@@ -241,9 +243,12 @@ def _fail(
     _move(plan, current, Move(replica.uid, S.FAILED, reason, "REPLICA_FAILED", warning=True, stop=True))
     if quiet or endpoint.deleting:
         return
-    # Losing a replica that had served for a while is answered at once: the series begins after it.
-    plan.failures = 0 if stable else plan.failures + 1
-    plan.failed_ms = around.now_ms
+    # What dies together counts once: only the death of one that was started after the last one that counted
+    # says that starting again is of no use yet. One that had served for a while is replaced at once.
+    if not stable and replica.created_ms > plan.failed_ms:
+        most = SERVED_FAILURES_MAX if replica.was_healthy else plan.failures + 1
+        plan.failures = max(plan.failures, min(plan.failures + 1, most))
+        plan.failed_ms = around.now_ms
     if counts:
         plan.errors.append(f"replica {replica.uid[-6:]}: {reason}")
         # Errors in a row: a success between would have cleared the stored ones.

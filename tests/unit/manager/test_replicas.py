@@ -166,6 +166,27 @@ def test_a_crash_loop_backs_off_and_blocks() -> None:
     assert world.made == FAILURES_MAX + 1
 
 
+def test_what_dies_together_counts_once_and_what_served_waits_little() -> None:
+    world = World(desired=4)
+    world.all_healthy()
+    world.now_ms += 1_000
+    for replica in world.living():
+        world.crash(replica.uid, "SIGNALED")
+    plan = world.run()
+    assert world.endpoint.failures == 1
+    assert plan.look_again_ms == world.now_ms + 1_000
+    for _ in range(20):
+        world.now_ms += 60_000
+        world.all_healthy()
+        world.now_ms += 1_000
+        for replica in world.living():
+            world.crash(replica.uid, "SIGNALED")
+        plan = world.run()
+        assert plan.look_again_ms is not None
+        assert plan.look_again_ms - world.now_ms <= 8_000
+    assert not world.endpoint.blocked
+
+
 def test_a_healthy_neighbour_does_not_hide_a_crash_loop() -> None:
     world = World(desired=1)
     world.all_healthy()
