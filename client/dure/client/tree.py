@@ -113,4 +113,9 @@ def _file(source: Path, path: str) -> LocalFile:
         raise InvalidInput("its name is not UTF-8") from error
     if "\\" in path:
         raise InvalidInput("its name has a backslash")
+    # What the manager would refuse: said before anything is sent.
+    if any(ord(character) < 32 or ord(character) == 127 for character in path):
+        raise InvalidInput(f"its name has control characters: {path!r}")
+    if len(path.encode()) > 1024 or path.count("/") >= 32:
+        raise InvalidInput("its path is longer than 1024 bytes or deeper than 32 folders")
     return LocalFile(source, path, facts.st_size, facts.st_mode & 0o777)

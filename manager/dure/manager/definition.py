@@ -133,14 +133,12 @@ class _Reader:
 
     def word(self, node: yaml.Node, path: str) -> str:
         """An argument: text, or a number written without quotes; may be empty."""
-        if (
-            isinstance(node, yaml.ScalarNode)
-            and _tag(node) in ("str", "int", "float")
-            and "\0" not in node.value
-        ):
-            return str(node.value)
-        self.wrong(node, path, f"found {_kind(node)}, expected text (quote it)")
-        return ""
+        if not isinstance(node, yaml.ScalarNode) or _tag(node) not in ("str", "int", "float"):
+            self.wrong(node, path, f"found {_kind(node)}, expected text (quote it)")
+            return "?"
+        if "\0" in node.value:
+            self.wrong(node, path, "must not contain a NUL character")
+        return str(node.value)
 
     def body(self, node: yaml.Node | None, path: str) -> str:
         """Content of a file: text, or a list of lines."""
@@ -227,6 +225,9 @@ def _definition(reader: _Reader, root: yaml.Node) -> Definition | None:
             continue
         name = reader.text(entry.get("name"), f"{path}.name")
         model_path = reader.text(entry.get("model_path"), f"{path}.model_path")
+        if model_path and (not model_path.startswith("/") or ".." in model_path.split("/")):
+            found = f"`{model_path[:80]}` is not an absolute path without `..`"
+            reader.wrong(entry["model_path"], f"{path}.model_path", found)
         metadata = _metadata(reader, entry.get("metadata"), f"{path}.metadata")
         if "service" not in entry:
             continue

@@ -221,7 +221,6 @@ def _fail_by_exit(
         if ended.log_tail.strip():
             last = " | ".join(line for line in ended.log_tail.strip().splitlines()[-5:] if line.strip())
             reason += f"; last log lines: {last[:600]}"
-        reason = f"on {exited.agent_name}: {reason}"
         infrastructure = ended.reason in _INFRASTRUCTURE
     # One that served and then died is replaced; only those that never came up lead to BLOCKED.
     counts = not infrastructure and not replica.was_healthy
@@ -251,9 +250,9 @@ def _fail(
         plan.failed_ms = around.now_ms
     if counts:
         plan.errors.append(f"replica {replica.uid[-6:]}: {reason}")
-        # Errors in a row: a success between would have cleared the stored ones.
+        # Five starts in a row, not five replicas of one start; a success would have cleared the errors.
         stored = 0 if plan.clear_errors else len(endpoint.errors)
-        if stored + len(plan.errors) >= FAILURES_MAX:
+        if plan.failures >= FAILURES_MAX and stored + len(plan.errors) >= FAILURES_MAX:
             plan.blocked = True
 
 

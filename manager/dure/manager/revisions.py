@@ -180,6 +180,8 @@ def _check_environ(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -
         field = f"endpoint.environ[{key[:60]}]"
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             violations.append(Violation(field, "a name has letters, digits and `_` and begins with no digit"))
+        elif key == "PORT" or key.startswith("DURE_"):
+            violations.append(Violation(field, "is set by Dure itself; choose another name"))
         elif "\0" in value:
             violations.append(Violation(field, "must not contain a NUL character"))
 

@@ -104,6 +104,8 @@ def test_all_errors_at_once_with_line_path_and_hint() -> None:
         ("models: [{name: a, model_path: /m}]", "no model has a `service`"),
         (service("start_command: x\nport: 2200"), "reserved"),
         (service("start_command: []\nport: 1"), "must not be empty"),
+        (service('start_command: ["sl\\0eep"]\nport: 1'), "NUL"),
+        (service("start_command: x\nport: 1").replace("/models", "../etc"), "not an absolute path"),
         (service("start_command: {a: b}\nport: 1"), "expected text or a list"),
         (service("start_command: x\nport: '80'"), "found the text `80`"),
         (service("start_command: x\nport: true"), "found the truth value"),

@@ -187,6 +187,18 @@ def test_what_dies_together_counts_once_and_what_served_waits_little() -> None:
     assert not world.endpoint.blocked
 
 
+def test_one_wave_of_failures_does_not_block() -> None:
+    world = World(desired=8)
+    for wave in range(FAILURES_MAX):
+        assert not world.endpoint.blocked, wave
+        world.run()
+        for replica in world.living():
+            world.crash(replica.uid)
+        plan = world.run()
+        world.now_ms = plan.look_again_ms or world.now_ms
+    assert world.endpoint.blocked
+
+
 def test_a_healthy_neighbour_does_not_hide_a_crash_loop() -> None:
     world = World(desired=1)
     world.all_healthy()

@@ -97,5 +97,6 @@ def parse_expiry(text: str) -> timedelta | datetime:
             f"`{text[:40]}` is neither a duration such as 1h or 7d nor a moment such as 2026-12-31T00:00:00Z"
         ) from error
     if until.tzinfo is None:
-        raise ValueError(f"`{text[:40]}` has no time zone: write {text[:40]}Z, or +09:00 at its end")
+        moment = until.isoformat(timespec="seconds")
+        raise ValueError(f"`{text[:40]}` has no time zone: write {moment}Z, or +09:00 at its end")
     return until.astimezone(UTC)
