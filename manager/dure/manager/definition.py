@@ -226,8 +226,8 @@ def _definition(reader: _Reader, root: yaml.Node) -> Definition | None:
         name = reader.text(entry.get("name"), f"{path}.name")
         model_path = reader.text(entry.get("model_path"), f"{path}.model_path")
         if model_path and (not model_path.startswith("/") or ".." in model_path.split("/")):
-            found = f"`{model_path[:80]}` is not an absolute path without `..`"
-            reader.wrong(entry["model_path"], f"{path}.model_path", found)
+            expected = f"`{model_path[:80]}` is not an absolute path without `..`"
+            reader.wrong(entry["model_path"], f"{path}.model_path", expected)
         metadata = _metadata(reader, entry.get("metadata"), f"{path}.metadata")
         if "service" not in entry:
             continue
