@@ -137,7 +137,8 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
             if kind == "user":
                 key = await session.scalar(select(schema.ApiKey).where(schema.ApiKey.hash == digest))
                 if key is not None:
-                    return Principal("user", key.uid, key.user, key.role)
+                    user = await session.get_one(schema.User, key.user_uid)
+                    return Principal("user", key.uid, user.name, key.role)
             elif kind == "join":
                 token = await session.scalar(select(schema.JoinToken).where(schema.JoinToken.hash == digest))
                 if token is not None and token.role == role and token.expires_ms > now_ms():

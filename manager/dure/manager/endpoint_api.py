@@ -22,6 +22,7 @@ from dure.wire.errors import Violation
 Context = grpc.aio.ServicerContext[Any, Any]
 
 REPLICAS_SHOWN = 1000
+PRIORITY_DEFAULT = 10
 UPDATABLE = ("replica_count", "open_to_public")
 
 
@@ -83,8 +84,13 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
             deleted_ms=None,
             replica_count=wanted.replica_count,
             open_to_public=wanted.open_to_public,
+            priority=wanted.priority or PRIORITY_DEFAULT,
+            rollout_policy={},
             etag=new_uid(),
             revision=1,
+            newest_revision=1,
+            stable_revision=0,
+            validation=False,
             proxy_group="default",
             port=None,
             address="",
@@ -97,6 +103,7 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
             errors=[],
             failures=0,
             failed_ms=0,
+            rollout={},
         )
         tx.session.add(row)
         tx.session.add(draft.row(row.uid, 1, now))

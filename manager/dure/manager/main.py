@@ -214,15 +214,33 @@ async def _first_start(store: Store, home: Path) -> None:
     async with store.write() as tx:
         if await tx.session.scalar(select(schema.Project.uid).limit(1)) is None:
             tx.session.add(schema.Project(uid=new_uid(), name="default", created_ms=now_ms()))
-        if await tx.session.scalar(select(schema.ApiKey.uid).limit(1)) is None:
-            key = tokens.new_secret("key")
+        if await tx.session.scalar(select(schema.User.uid).limit(1)) is None:
+            key, user_uid, now = tokens.new_secret("key"), new_uid(), now_ms()
             settings.write_file(home / "admin.key", f"{key}\n".encode(), 0o600)
+            tx.session.add(
+                schema.User(
+                    uid=user_uid, name="admin", admin=True, disabled=False, description="", created_ms=now
+                )
+            )
             tx.session.add(
                 schema.ApiKey(
                     uid=new_uid(),
                     hash=tokens.hash_secret(key),
-                    user="admin",
+                    user_uid=user_uid,
+                    label="made at the first start",
                     role="admin",
+                    expires_ms=None,
+                    created_ms=now,
+                )
+            )
+        if await tx.session.get(schema.ResourceGroup, "default") is None:
+            tx.session.add(
+                schema.ResourceGroup(
+                    name="default",
+                    policy="SPREAD",
+                    allowed_projects=[],
+                    proxy_group="default",
+                    description="",
                     created_ms=now_ms(),
                 )
             )

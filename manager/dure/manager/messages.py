@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from google.protobuf import timestamp_pb2
+from google.protobuf import json_format, timestamp_pb2
 
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import schema
@@ -33,33 +33,39 @@ def endpoint(
     revision: schema.Revision,
     replicas: Iterable[endpoint_pb2.Replica] = (),
 ) -> endpoint_pb2.Endpoint:
-    spec = revision.spec
-    message = endpoint_pb2.Endpoint(
-        name=names.endpoint(project, row.name),
-        uid=row.uid,
-        etag=row.etag,
-        create_time=timestamp(row.created_ms),
-        update_time=timestamp(row.updated_ms),
-        model=names.folder(project, spec["folder"]),
-        runtime=spec["runtime"],
-        model_mount_destination=spec["model_mount_destination"],
-        model_definition_path=spec["model_definition_path"],
-        replica_count=row.replica_count,
-        open_to_public=row.open_to_public,
-        resource_group=spec["resource_group"],
-        resource_slots={slot: format_slot(slot, amount) for slot, amount in spec["slots"].items()},
-        environ=spec["environ"],
-        status=endpoint_pb2.EndpointStatus.Value(f"ENDPOINT_STATUS_{row.status}"),
-        status_reason=row.status_reason,
-        address=row.address,
-        revision=row.revision,
-        desired_replicas=row.desired_replicas,
-        ready_replicas=row.ready_replicas,
-        replicas=replicas,
-        errors=row.errors,
+    message = shaping(revision, project)
+    message.MergeFrom(
+        endpoint_pb2.Endpoint(
+            name=names.endpoint(project, row.name),
+            uid=row.uid,
+            etag=row.etag,
+            create_time=timestamp(row.created_ms),
+            update_time=timestamp(row.updated_ms),
+            replica_count=row.replica_count,
+            open_to_public=row.open_to_public,
+            priority=row.priority,
+            status=endpoint_pb2.EndpointStatus.Value(f"ENDPOINT_STATUS_{row.status}"),
+            status_reason=row.status_reason,
+            address=row.address,
+            revision=row.revision,
+            stable_revision=row.stable_revision,
+            desired_replicas=row.desired_replicas,
+            ready_replicas=row.ready_replicas,
+            replicas=replicas,
+            errors=row.errors,
+        )
     )
+    json_format.ParseDict(revision.spec["resolved"], message.resolved)
+    json_format.ParseDict(row.rollout_policy, message.rollout_policy)
     for condition in row.conditions:
         message.conditions.add(type=condition["type"], message=condition["message"])
+    return message
+
+
+def shaping(revision: schema.Revision, project: str) -> endpoint_pb2.Endpoint:
+    """What was asked for in a revision: the fields that shape a replica."""
+    message = json_format.ParseDict(revision.spec["asked"], endpoint_pb2.Endpoint())
+    message.model = names.folder(project, revision.spec["folder"])
     return message
 
 

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf import json_format
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.fleet.v1 import fleet_pb2
@@ -116,15 +117,32 @@ async def draft(
     kernel.model.CopyFrom(fleet_pb2.Mount(folder_uid=folder.uid, folder=folder.name, target=target))
     for key, value in wanted.environ.items():
         kernel.environ[key] = value
-    spec = {
-        "folder": folder.name,
-        "runtime": runtime,
-        "model_mount_destination": target,
+    asked = endpoint_pb2.Endpoint(
+        model=folder.name,
+        runtime=runtime,
+        model_mount_destination=target,
         # As asked for: empty means the default names, which a retry tries again.
-        "model_definition_path": wanted.model_definition_path,
+        model_definition_path=wanted.model_definition_path,
+        resource_group=group,
+        resource_slots={
+            slot: quantities.format_slot(slot, slots[slot]) for slot in wanted.resource_slots if slot in slots
+        },
+        environ=wanted.environ,
+    )
+    resolved = endpoint_pb2.Resolved(
+        resource_slots={slot: quantities.format_slot(slot, amount) for slot, amount in slots.items()},
+        environ=wanted.environ,
+    )
+    spec = {
+        "asked": json_format.MessageToDict(asked, preserving_proto_field_name=True),
+        "resolved": json_format.MessageToDict(resolved, preserving_proto_field_name=True),
+        "folder": folder.name,
         "resource_group": group,
         "slots": slots,
-        "environ": dict(wanted.environ),
+        "cluster_mode": "SINGLE_NODE",
+        "cluster_size": 1,
+        "architecture": "",
+        "needs_image": False,
     }
     return Draft(folder.uid, spec, text, kernel.SerializeToString(deterministic=True))
 
@@ -137,17 +155,8 @@ async def redraft(
     current: schema.Revision,
 ) -> Draft:
     """The same request with the definition file as it is now."""
-    spec = current.spec
-    wanted = endpoint_pb2.Endpoint(
-        model=spec["folder"],
-        runtime=spec["runtime"],
-        model_mount_destination=spec["model_mount_destination"],
-        model_definition_path=spec["model_definition_path"],
-        replica_count=row.replica_count,
-        resource_group=spec["resource_group"],
-        resource_slots={slot: quantities.format_slot(slot, amount) for slot, amount in spec["slots"].items()},
-        environ=spec["environ"],
-    )
+    wanted = json_format.ParseDict(current.spec["asked"], endpoint_pb2.Endpoint())
+    wanted.replica_count = row.replica_count
     return await draft(session, folders, project, wanted, row.name)
 
 

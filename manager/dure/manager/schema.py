@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Index, Integer, LargeBinary, String, Text
+from sqlalchemy import JSON, Boolean, Index, Integer, LargeBinary, String, Text, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import BigInteger
 
@@ -42,16 +42,108 @@ class Project(Base):
     uid: Mapped[str] = mapped_column(String(36), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
     created_ms: Mapped[int]
+    description: Mapped[str] = mapped_column(server_default="")
+    # Slot to milli-units; what is left out has no limit. Of endpoints, 0 is no limit.
+    quota_slots: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    quota_endpoints: Mapped[int] = mapped_column(server_default="0")
+
+
+class User(Base):
+    __tablename__ = "users"
+    uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    admin: Mapped[bool] = mapped_column(Boolean)
+    disabled: Mapped[bool] = mapped_column(Boolean)
+    description: Mapped[str]
+    created_ms: Mapped[int]
+
+
+class Membership(Base):
+    """What a user may do in a project: role `member` or `viewer`."""
+
+    __tablename__ = "memberships"
+    user_uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    project_uid: Mapped[str] = mapped_column(String(36), primary_key=True, index=True)
+    role: Mapped[str] = mapped_column(String(16))
 
 
 class ApiKey(Base):
-    """Who may call the API. `hash` is the SHA-256 of the key."""
+    """A key of a user. `hash` is its SHA-256, `role` the most that it allows (`admin`: all its user may)."""
 
     __tablename__ = "api_keys"
     uid: Mapped[str] = mapped_column(String(36), primary_key=True)
     hash: Mapped[str] = mapped_column(String(64), unique=True)
-    user: Mapped[str] = mapped_column(String(64))
+    user_uid: Mapped[str] = mapped_column(String(36), server_default="", index=True)
+    label: Mapped[str] = mapped_column(server_default="")
     role: Mapped[str] = mapped_column(String(16))
+    # Empty: good for all projects of its user.
+    project_uid: Mapped[str] = mapped_column(String(36), server_default="")
+    expires_ms: Mapped[int | None]
+    created_ms: Mapped[int]
+
+
+class AuditRecord(Base):
+    """One call that changed something, or was refused. `project` is a name, empty for the cluster."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("audit_project", "project", "uid"),)
+    uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    time_ms: Mapped[int]
+    actor: Mapped[str] = mapped_column(String(80))
+    key_uid: Mapped[str] = mapped_column(String(36))
+    project: Mapped[str] = mapped_column(String(64))
+    method: Mapped[str] = mapped_column(String(64))
+    resource: Mapped[str]
+    detail: Mapped[str]
+    outcome: Mapped[str] = mapped_column(String(32))
+    peer: Mapped[str] = mapped_column(String(64))
+
+
+class ResourceGroup(Base):
+    """A set of agents. `policy` is SPREAD or PACK; `allowed_projects` has uids, empty for all projects.
+
+    A group that an agent names and nobody made appears by itself, open to all projects.
+    """
+
+    __tablename__ = "resource_groups"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    policy: Mapped[str] = mapped_column(String(16))
+    allowed_projects: Mapped[list[Any]]
+    proxy_group: Mapped[str] = mapped_column(String(64))
+    description: Mapped[str]
+    created_ms: Mapped[int]
+
+
+class Preset(Base):
+    """A named set of slots; `shared_memory` in bytes, 0 for the default."""
+
+    __tablename__ = "presets"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    slots: Mapped[dict[str, Any]]
+    shared_memory: Mapped[int]
+    resource_group: Mapped[str] = mapped_column(String(64))
+    description: Mapped[str]
+    created_ms: Mapped[int]
+
+
+class Image(Base):
+    __tablename__ = "images"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    reference: Mapped[str]
+    architecture: Mapped[str] = mapped_column(String(16))
+    runtimes: Mapped[list[Any]]
+    min_slots: Mapped[dict[str, Any]]
+    description: Mapped[str]
+    created_ms: Mapped[int]
+
+
+class Runtime(Base):
+    """A runtime variant; `content` is a serialised Runtime message."""
+
+    __tablename__ = "runtimes"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+    builtin: Mapped[bool] = mapped_column(Boolean)
     created_ms: Mapped[int]
 
 
@@ -73,6 +165,8 @@ class Agent(Base):
     resource_group: Mapped[str] = mapped_column(String(64))
     hello: Mapped[bytes] = mapped_column(LargeBinary)
     joined_ms: Mapped[int]
+    # Gets nothing new, and what it has moves to others.
+    draining: Mapped[bool] = mapped_column(Boolean, server_default=false())
 
 
 class Proxy(Base):
@@ -119,8 +213,16 @@ class Endpoint(Base):
     # What the user asked for and may change without a new revision.
     replica_count: Mapped[int]
     open_to_public: Mapped[bool] = mapped_column(Boolean)
+    priority: Mapped[int] = mapped_column(server_default="10")
+    rollout_policy: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
     etag: Mapped[str] = mapped_column(String(36))
+    # The wanted revision, the newest that was ever made, and the last of which all replicas were healthy
+    # (0 for none). A rollback makes the wanted one smaller than the newest.
     revision: Mapped[int]
+    newest_revision: Mapped[int] = mapped_column(server_default="1")
+    stable_revision: Mapped[int] = mapped_column(server_default="0")
+    # A try-out that belongs to a call of ValidateEndpoint: hidden, without an address, removed with the call.
+    validation: Mapped[bool] = mapped_column(Boolean, server_default=false())
     # Its address: the port is null in subdomain mode, before a proxy has joined, and once released.
     proxy_group: Mapped[str] = mapped_column(String(64))
     port: Mapped[int | None]
@@ -135,10 +237,16 @@ class Endpoint(Base):
     errors: Mapped[list[Any]]
     failures: Mapped[int]
     failed_ms: Mapped[int]
+    # Where the rollout of `revision` stands (see rollout.State); empty without one.
+    rollout: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
 
 
 class Revision(Base):
-    """What shapes a replica, for ever. `spec` is what was asked for, `kernel` a KernelSpec template."""
+    """What shapes a replica, for ever, but for what became of it.
+
+    `spec` is what was asked for and what it came to, `kernel` a KernelSpec template, `failed` why its
+    rollout failed (empty if it did not).
+    """
 
     __tablename__ = "revisions"
     endpoint_uid: Mapped[str] = mapped_column(String(36), primary_key=True)
@@ -148,6 +256,18 @@ class Revision(Base):
     spec: Mapped[dict[str, Any]]
     definition: Mapped[str]
     kernel: Mapped[bytes] = mapped_column(LargeBinary)
+    author: Mapped[str] = mapped_column(String(64), server_default="")
+    change: Mapped[str] = mapped_column(server_default="")
+    failed: Mapped[str] = mapped_column(server_default="")
+
+
+class RevisionFolder(Base):
+    """Folders that replicas of a revision mount: its model folder and the extra mounts."""
+
+    __tablename__ = "revision_folders"
+    endpoint_uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    folder_uid: Mapped[str] = mapped_column(String(36), primary_key=True, index=True)
 
 
 class Replica(Base):
@@ -165,6 +285,8 @@ class Replica(Base):
     healthy_since_ms: Mapped[int]
     draining: Mapped[bool] = mapped_column(Boolean, default=False)
     ended_ms: Mapped[int | None]
+    # OpenSSH private key of a session of several kernels; empty otherwise.
+    ssh_key: Mapped[str] = mapped_column(server_default="")
 
 
 class Kernel(Base):
@@ -188,6 +310,7 @@ class Kernel(Base):
     slots: Mapped[dict[str, Any]]
     devices: Mapped[list[Any]]
     fixed_port: Mapped[int]
+    rendezvous_port: Mapped[int] = mapped_column(server_default="0")
     phase: Mapped[str] = mapped_column(String(16))
     health: Mapped[str] = mapped_column(String(16))
     # The newest serialised KernelStatus, empty before the first.
