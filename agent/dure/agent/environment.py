@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from dure.agent import clusters
 from dure.fleet.v1 import fleet_pb2
 
 # All that a session gets of the agent's own environment; join tokens and keys may stand in the rest.
@@ -30,24 +31,12 @@ def build(
 def _given(
     spec: fleet_pb2.KernelSpec, model_place: str, granted: Sequence[fleet_pb2.Device]
 ) -> dict[str, str]:
-    cluster = spec.cluster
-    role, index = cluster.role or "main", cluster.index or 1
-    host = f"{role}{index}"
-    hosts = list(cluster.hosts) or [host]
-    mains = sum(name.startswith("main") for name in hosts)
-    replicas = f"main:{mains}" + (f",sub:{len(hosts) - mains}" if len(hosts) > mains else "")
     return {
         "BACKENDAI_SESSION_ID": spec.session_uid,
-        "BACKENDAI_SESSION_NAME": f"{spec.endpoint}-{spec.replica_uid[-12:]}",
+        "BACKENDAI_SESSION_NAME": spec.session_name or f"{spec.endpoint}-{spec.replica_uid[-12:]}",
         "BACKENDAI_KERNEL_ID": spec.uid,
-        "BACKENDAI_KERNEL_IMAGE": "",
-        "BACKENDAI_CLUSTER_SIZE": str(cluster.size or 1),
-        "BACKENDAI_CLUSTER_HOSTS": ",".join(hosts),
-        "BACKENDAI_CLUSTER_HOST": host,
-        "BACKENDAI_CLUSTER_ROLE": role,
-        "BACKENDAI_CLUSTER_IDX": str(index),
-        "BACKENDAI_CLUSTER_LOCAL_RANK": str(hosts.index(host) if host in hosts else 0),
-        "BACKENDAI_CLUSTER_REPLICAS": replicas,
+        "BACKENDAI_KERNEL_IMAGE": spec.image,
+        **clusters.variables(spec),
         "BACKENDAI_SERVICE_PORTS": f"{spec.model_name or 'model'}:inference:{spec.port}",
         "BACKENDAI_USER_UUID": "",
         "BACKENDAI_USER_EMAIL": "",

@@ -38,7 +38,7 @@ class Storage(Protocol):
 
 
 class Folders:
-    """Provides folders to kernels, each of which names the content that it uses in its file `content`."""
+    """Provides folders to kernels, each of which names what it uses of the cache in its file `content`."""
 
     def __init__(self, home: Path, storage: Storage, cache_bytes_max: int) -> None:
         self._cache = home / "cache"
@@ -60,10 +60,20 @@ class Folders:
                     f"folder `{mount.folder}` is not in the shared storage at {welcome.storage_path}",
                     "FOLDER_FAILED",
                 )
+            await asyncio.to_thread(_check_subpath, path, mount)
             return path
+        if mount.writable:
+            raise StartFailed(
+                f"folder `{mount.folder}` is wanted writable, and this node does not share the manager's "
+                "storage: it could only write to a copy; mount it read-only, or use a resource group whose "
+                "nodes mount the storage",
+                "FOLDER_FAILED",
+            )
         async with self._lock:
             try:
-                return await self._from_cache(mount, kernel_folder)
+                path = await self._from_cache(mount, kernel_folder)
+                await asyncio.to_thread(_check_subpath, path, mount)
+                return path
             except DureError as error:
                 raise StartFailed(
                     f"cannot fetch folder `{mount.folder}`: {error}", "FOLDER_FAILED"
@@ -76,7 +86,8 @@ class Folders:
         files = await self._manifest(mount)
         digest = content_digest(files)
         # Before the check, so that nobody evicts it in between.
-        (kernel_folder / "content").write_text(digest, encoding="ascii")
+        with open(kernel_folder / "content", "a", encoding="ascii") as used:
+            used.write(f"{digest}\n")
         whole, part = self._cache / digest, self._cache / f"{digest}.part"
         if not whole.is_dir():
             await asyncio.to_thread(self._make_room, sum(file.size_bytes for file in files), digest)
@@ -143,7 +154,9 @@ class Folders:
 
     def _make_room(self, bytes_needed: int, digest: str) -> None:
         self._cache.mkdir(parents=True, exist_ok=True)
-        used = {path.read_text(encoding="ascii") for path in self._kernels.glob("*/content")} | {digest}
+        used = {digest}
+        for path in self._kernels.glob("*/content"):
+            used.update(path.read_text(encoding="ascii").split())
         held = sorted(
             ((path.stat().st_mtime, _size_of(path), path) for path in self._cache.iterdir()),
             key=lambda one: one[0],
@@ -188,6 +201,20 @@ def _is_shared(welcome: fleet_pb2.Welcome) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     return found.strip() == welcome.storage_id
+
+
+def _check_subpath(folder: Path, mount: fleet_pb2.Mount) -> None:
+    """Raises StartFailed. The shim looks again when it mounts: a session may write to the folder."""
+    place = folder
+    for name in PurePosixPath(mount.subpath).parts:
+        place = place / name
+        if name in ("..", "/") or place.is_symlink() or not place.is_dir():
+            problem = "is a symbolic link" if place.is_symlink() else "is no folder in it"
+            raise StartFailed(
+                f"folder `{mount.folder}` cannot be mounted from its subpath `{mount.subpath}`: "
+                f"`{name}` {problem}",
+                "FOLDER_FAILED",
+            )
 
 
 def _is_plain(uid: str) -> bool:

@@ -19,6 +19,9 @@ from dure.agent.ports import Lease, Table
 from dure.agent.waiting import in_thread
 from dure.wire.settings import write_file
 
+# A file in a kernel's folder that owns the port at which the kernels of its session meet.
+RENDEZVOUS = "rendezvous"
+
 
 def default_lease_dir() -> Path:
     """Root shares one folder of the host; another user has one of its own (others' ports are found taken)."""
@@ -46,11 +49,23 @@ class Leases:
 
         return await in_thread(self._change, decide)
 
-    async def release(self, kernel_folder: Path) -> None:
-        """Lets the kernel's port rest."""
+    async def lease_rendezvous(self, kernel_folder: Path, port: int) -> None:
+        """A second port for a kernel, this very one. Raises ports.NoPort."""
+        owner = kernel_folder / RENDEZVOUS
+        owner.touch()
 
         def decide(table: Table) -> tuple[int, Table]:
-            return 0, ports.release(table, str(kernel_folder), time.time())
+            return port, ports.lease_rendezvous(table, str(owner), port, _is_free)
+
+        await in_thread(self._change, decide)
+
+    async def release(self, kernel_folder: Path) -> None:
+        """Lets the kernel's ports rest."""
+
+        def decide(table: Table) -> tuple[int, Table]:
+            now = time.time()
+            table = ports.release(table, str(kernel_folder / RENDEZVOUS), now)
+            return 0, ports.release(table, str(kernel_folder), now)
 
         await in_thread(self._change, decide)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc.aio
 
+from dure.agent.log_sender import LogSender
 from dure.agent.storage import ManagerStorage
 from dure.agent.supervisor import Supervisor
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -57,6 +58,7 @@ class Link:
         stub: fleet_pb2_grpc.FleetServiceAsyncStub,
         supervisor: Supervisor,
         storage: ManagerStorage,
+        logs: LogSender,
     ) -> None:
         self._name = name
         self._home = home
@@ -65,6 +67,7 @@ class Link:
         self._stub = stub
         self._supervisor = supervisor
         self._storage = storage
+        self._logs = logs
         self._told = "not connected"
 
     async def run(self) -> None:
@@ -123,7 +126,7 @@ class Link:
             self._storage.announce(who.credential, first.welcome)
             self._tell("", "connected to the manager")
             interval_s = max(first.welcome.heartbeat_interval_ms, 100) / 1000
-            await self._converse(call, interval_s)
+            await self._converse(call, interval_s, who)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from error
         except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
@@ -132,10 +135,10 @@ class Link:
         finally:
             call.cancel()
 
-    async def _converse(self, call: _Call, interval_s: float) -> None:
+    async def _converse(self, call: _Call, interval_s: float, who: Identity) -> None:
         beats = _Beats(interval_s)
         tasks = [
-            asyncio.create_task(self._listen(call, beats)),
+            asyncio.create_task(self._listen(call, beats, who)),
             asyncio.create_task(self._speak(call, beats)),
         ]
         try:
@@ -149,7 +152,7 @@ class Link:
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
 
-    async def _listen(self, call: _Call, beats: _Beats) -> None:
+    async def _listen(self, call: _Call, beats: _Beats, who: Identity) -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
             kind = message.WhichOneof("message")
             if kind == "desired":
@@ -159,6 +162,8 @@ class Link:
                     raise FailedPrecondition(f"the manager sent nonsense: {error}") from error
             elif kind == "heartbeat_ack":
                 beats.acknowledged_s = time.monotonic()
+            elif kind == "log_request":
+                self._logs.answer(who.credential, message.log_request)
 
     async def _speak(self, call: _Call, beats: _Beats) -> None:
         while True:

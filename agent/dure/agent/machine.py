@@ -11,6 +11,8 @@ from pathlib import Path
 
 from dure.wire import quantities
 
+RESOLVE_LIMIT_S = 10.0
+
 
 def cpu_milli(cgroups: str = "/sys/fs/cgroup") -> int:
     """Cores that this process may use, in milli-units, by its affinity and its control group."""
@@ -69,6 +71,24 @@ def host_id() -> str:
     """Same for all that share this network namespace, and for nobody else: a boot is of one machine."""
     namespace = os.stat("/proc/self/ns/net").st_ino
     return hashlib.sha256(f"{boot_id()}:{namespace}".encode()).hexdigest()[:32]
+
+
+def host_table() -> str:
+    """The node's own table of host names, empty if it has none."""
+    try:
+        return Path("/etc/hosts").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+async def resolve(address: str) -> str:
+    """The numeric address of a host. Raises OSError."""
+    try:
+        async with asyncio.timeout(RESOLVE_LIMIT_S):
+            found = await asyncio.get_running_loop().getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    except TimeoutError as error:
+        raise OSError(f"no answer within {RESOLVE_LIMIT_S:g} s") from error
+    return str(found[0][4][0])
 
 
 async def local_address(manager: str) -> str:

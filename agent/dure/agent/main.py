@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import signal
 from dataclasses import dataclass
 from importlib.metadata import entry_points, version
@@ -20,6 +21,8 @@ from dure.agent.backends.base import Abilities, Backend
 from dure.agent.folders import Folders
 from dure.agent.leases import Leases, default_lease_dir
 from dure.agent.link import Link, Refused
+from dure.agent.log_archive import LogArchive
+from dure.agent.log_sender import LogSender
 from dure.agent.runner import Node
 from dure.agent.storage import ManagerStorage
 from dure.agent.supervisor import Supervisor
@@ -218,6 +221,8 @@ async def _serve(options: Options) -> None:
         node = _node(options, host, backend, {one.id: one for one in found.devices}, storage, http)
         supervisor = Supervisor(options.home, node)
         await supervisor.adopt()
+        logs_sent = LogSender(stub, node.logs, supervisor.has_ended)
+        pruning = asyncio.create_task(node.logs.run())
         link = asyncio.create_task(
             Link(
                 name=options.name,
@@ -227,6 +232,7 @@ async def _serve(options: Options) -> None:
                 stub=stub,
                 supervisor=supervisor,
                 storage=storage,
+                logs=logs_sent,
             ).run()
         )
         waited: set[asyncio.Future[Any]] = {asked, link}
@@ -234,8 +240,10 @@ async def _serve(options: Options) -> None:
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             # First: the manager must not answer the end of sessions by placing new ones here.
-            link.cancel()
-            await asyncio.wait({link})
+            for task in (link, pruning):
+                task.cancel()
+            await asyncio.wait({link, pruning})
+            await logs_sent.close()
         if asked.done() and asked.result() == signal.SIGINT:
             _log.info("stopping all sessions")
             await supervisor.stop_all()
@@ -270,6 +278,7 @@ def _node(
         folders=Folders(options.home, storage, options.folder_cache_bytes),
         devices=devices,
         http=http,
+        logs=LogArchive(options.home),
     )
 
 
@@ -330,6 +339,8 @@ def _hello(options: Options, host: str, backend: str, abilities: Abilities, foun
         devices=found.devices,
         limitations=[*abilities.limitations, *found.limitations],
         maps_mounts=abilities.maps_mounts,
+        runs_images=abilities.runs_images,
+        architecture=platform.machine(),
     )
 
 

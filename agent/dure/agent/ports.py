@@ -57,15 +57,26 @@ def lease(
 
 def lease_fixed(table: Table, owner: str, port: int, is_free: Callable[[int], bool]) -> Table:
     """The declared port for `owner`."""
+    advice = "write {port} in the command"
+    return _lease_number(table, owner, port, is_free, f"port {port}", advice)
+
+
+def lease_rendezvous(table: Table, owner: str, port: int, is_free: Callable[[int], bool]) -> Table:
+    """The port at which the kernels of a session meet, for `owner`."""
+    advice = "a new session gets another one"
+    return _lease_number(table, owner, port, is_free, f"rendezvous port {port}", advice)
+
+
+def _lease_number(
+    table: Table, owner: str, port: int, is_free: Callable[[int], bool], what: str, advice: str
+) -> Table:
     held = table.leases.get(port)
     if held is not None and held.released_at is None:
         if held.owner == owner:
             return table
-        raise NoPort(f"port {port} of this host is taken by another session; write {{port}} in the command")
+        raise NoPort(f"{what} of this host is taken by another session; {advice}")
     if not is_free(port):
-        raise NoPort(
-            f"port {port} of this host is taken by a process outside of Dure; write {{port}} in the command"
-        )
+        raise NoPort(f"{what} of this host is taken by a process outside of Dure; {advice}")
     return Table({**table.leases, port: Lease(owner)}, cursor=table.cursor)
 
 

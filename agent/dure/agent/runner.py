@@ -14,12 +14,23 @@ from typing import Any
 
 import aiohttp
 
-from dure.agent import devices, environment, health, ports, prober, sockets
-from dure.agent.backends.base import Backend, Ended, Handle, Observation, Plan, StartFailed
+from dure.agent import clusters, devices, environment, health, machine, ports, prober, sockets
+from dure.agent.backends.base import (
+    Backend,
+    ClusterFiles,
+    Ended,
+    ExtraMount,
+    Handle,
+    Observation,
+    Plan,
+    StartFailed,
+)
+from dure.agent.backends.outcome import without_message
 from dure.agent.folders import Folders
 from dure.agent.health import Health, Policy
 from dure.agent.kernel import Event
 from dure.agent.leases import Leases
+from dure.agent.log_archive import LogArchive
 from dure.agent.prober import Answer
 from dure.agent.shim.files import read_json, write_bytes, write_json
 from dure.fleet.v1 import fleet_pb2
@@ -40,6 +51,7 @@ class Node:
     folders: Folders
     devices: Mapping[str, fleet_pb2.Device]
     http: aiohttp.ClientSession
+    logs: LogArchive
 
 
 class Runner:
@@ -108,6 +120,7 @@ class Runner:
                     await self._node.backend.stop(self.handle, self.grace_s)
                     await self._node.backend.clean(self.handle)
                     await self._node.leases.release(self.handle.folder)
+                    await self._keep_log()
                     await asyncio.to_thread(_remove_folder, self.handle.folder)
                 return
             except (OSError, TimeoutError) as error:
@@ -115,6 +128,13 @@ class Runner:
                 _log.warning("kernel %s resists its removal: %s", self.spec.uid, error)
                 self._say(f"cannot be removed yet: {error}")
                 await asyncio.sleep(backoff_s(attempt, first_s=0.2, max_s=5.0, jitter=0.0))
+
+    async def _keep_log(self) -> None:
+        try:
+            await asyncio.to_thread(self._node.logs.keep, self.spec.uid, self.handle.folder)
+        except OSError as error:
+            # Its log is lost; the kernel must go nevertheless.
+            _log.warning("the log of kernel %s cannot be kept: %s", self.spec.uid, error)
 
     @property
     def grace_s(self) -> float:
@@ -135,15 +155,49 @@ class Runner:
         if self.spec.model.folder_uid:
             self._say("getting the model folder")
             model = await self._node.folders.provide(self.spec.model, self.handle.folder)
-        port = await self._node.leases.lease(
-            self.handle.folder, self.spec.port if self.spec.fixed_port else 0
-        )
+        extra = [await self._extra_mount(mount) for mount in self.spec.extra_mounts]
+        cluster = await self._join_cluster() if clusters.size(self.spec) > 1 else None
+        # Several kernels on one host cannot all have the number; only main1 is reached by it.
+        fixed = self.spec.fixed_port and clusters.is_probed(self.spec)
+        port = await self._node.leases.lease(self.handle.folder, self.spec.port if fixed else 0)
         write_json(f"{self._files}/kernel.json", {"port": port})
         self.status.port = port
         self._say("starting")
-        await self._node.backend.start(self._plan(model, port))
+        await self._node.backend.start(self._plan(model, tuple(extra), cluster, port))
 
-    def _plan(self, model: Path | None, port: int) -> Plan:
+    async def _extra_mount(self, mount: fleet_pb2.Mount) -> ExtraMount:
+        self._say(f"getting folder `{mount.folder}`")
+        source = await self._node.folders.provide(mount, self.handle.folder)
+        return ExtraMount(mount.folder, source, mount.subpath, mount.target, mount.writable)
+
+    async def _join_cluster(self) -> ClusterFiles:
+        """Takes its place among the kernels of its session. Raises StartFailed, or ports.NoPort."""
+        place, keys = self.spec.cluster, self.spec.ssh_keys
+        problem = clusters.problem(place)
+        if problem:
+            raise StartFailed(f"the session makes no sense: {problem}")
+        if clusters.host(self.spec) == place.hosts[0]:
+            await self._node.leases.lease_rendezvous(self.handle.folder, place.rendezvous_port)
+        addresses = []
+        for name, address in zip(place.hosts, place.addresses, strict=True):
+            try:
+                addresses.append(await machine.resolve(address))
+            except OSError as error:
+                why = error.strerror or error
+                raise StartFailed(
+                    f"the address `{address}` of `{name}` is not known on this node: {why}"
+                ) from error
+        table = await asyncio.to_thread(machine.host_table)
+        return ClusterFiles(
+            clusters.host_table(table, place.hosts, addresses),
+            lambda home: (
+                clusters.ssh_files(keys, place.hosts, home) if self.spec.HasField("ssh_keys") else {}
+            ),
+        )
+
+    def _plan(
+        self, model: Path | None, extra: tuple[ExtraMount, ...], cluster: ClusterFiles | None, port: int
+    ) -> Plan:
         spec = self.spec
         target = os.path.normpath(spec.model.target or "/models")
         place = self._node.backend.model_place(model, target)
@@ -169,11 +223,15 @@ class Runner:
             cpu_milli=spec.slots.get("cpu", 0),
             memory_bytes=spec.slots.get("mem", 0) // 1000,
             stop_grace_s=self.grace_s,
+            extra_mounts=extra,
+            shared_memory_bytes=spec.shared_memory_bytes,
+            cluster=cluster,
         )
 
     async def _follow(self) -> None:
         seen: Observation | None = None
         probing: asyncio.Task[None] | None = None
+        started = False
         try:
             while True:
                 seen = await self._node.backend.wait(self.handle, seen)
@@ -182,12 +240,14 @@ class Runner:
                 if seen.ended is not None:
                     self._end(seen.ended)
                     return
-                if seen.started_at_s and probing is None:
-                    self._resume_health(seen.started_at_s)
-                    self._emit(Event.STARTED)
-                    probing = asyncio.create_task(self._probe(seen.started_at_s))
-                else:
+                if not seen.started_at_s or started:
                     self._emit(None)
+                    continue
+                started = True
+                if clusters.is_probed(self.spec):
+                    self._resume_health(seen.started_at_s)
+                    probing = asyncio.create_task(self._probe(seen.started_at_s))
+                self._emit(Event.STARTED)
         finally:
             if probing is not None:
                 probing.cancel()
@@ -266,7 +326,9 @@ class Runner:
             fleet_pb2.KernelExit(
                 reason=ended.reason,
                 code=ended.code,
-                log_tail=self._node.backend.log_tail(self.handle, LOG_TAIL_BYTES),
+                log_tail=without_message(
+                    self._node.backend.log_tail(self.handle, LOG_TAIL_BYTES), ended.message
+                ),
                 message=ended.message[:4000],
             )
         )

@@ -59,6 +59,10 @@ class Supervisor:
         self._unsent.clear()
         return [self._status(uid) for uid in uids]
 
+    def has_ended(self, uid: str) -> bool:
+        """Whether a kernel writes no more to its log."""
+        return uid not in self._runners or self._runners[uid].ended
+
     def apply(self, desired: fleet_pb2.Desired) -> None:
         """Takes in a message of the manager; a snapshot counts once it is complete."""
         specs = {spec.uid: spec for spec in desired.kernels if _is_fine(spec.uid)}

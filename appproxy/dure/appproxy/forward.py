@@ -17,7 +17,7 @@ from dure.appproxy import headers as hygiene
 from dure.appproxy.admission import Grant, Refusal, refusal
 from dure.appproxy.answers import answer
 from dure.appproxy.balance import Replica
-from dure.appproxy.live import AllTried, Endpoint, Live, Refused
+from dure.appproxy.live import AllTried, Endpoint, Live, Refused, Tries
 from dure.appproxy.meter import ABORTED, replica_finished
 from dure.appproxy.response import Cut, End, Head, Malformed
 from dure.appproxy.tunnel import Tunnel
@@ -167,7 +167,7 @@ class Forwarder:
         """Relays the answer of some replica. Raises Refused if none gave one."""
         endpoint, live = exchange.endpoint, self._live
         idempotent = exchange.request.method in _IDEMPOTENT
-        tried: set[str] = set()
+        tried = Tries()
         tries = delivered = 0
         search_until_s = self._clock() + SEARCH_S
         last = refusal("upstream_unreachable")
@@ -178,7 +178,7 @@ class Forwarder:
                 if self._clock() >= search_until_s:
                     raise Refused(last) from None
                 await live.wait_for_change(_SEARCH_PAUSE_S)
-                tried.clear()
+                tried.replicas.clear()
                 continue
             if tries:
                 endpoint.meter.retries += 1
@@ -199,10 +199,11 @@ class Forwarder:
                 if not repeatable or delivered >= TRIES_MAX:
                     raise Refused(last) from None
                 if unanswered.stale:
+                    tried.pool = replica.target.revision
                     continue
             finally:
                 live.release(endpoint, replica)
-            tried.add(replica.target.replica_uid)
+            tried.add(replica)
 
     async def _exchange(self, exchange: Exchange, replica: Replica, *, idempotent: bool) -> None:
         """Sends the request to one replica and relays its answer.

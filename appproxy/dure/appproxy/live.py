@@ -7,7 +7,7 @@ up an endpoint, `lease` a replica and release it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dure.appproxy.admission import Refusal, TokenCheck, WaitingLine, refusal, unavailable
@@ -33,6 +33,18 @@ class Limits:
 
 
 @dataclass(eq=False)
+class Tries:
+    """What a request has tried in vain: replicas by uid, and the pool of the last of them."""
+
+    replicas: set[str] = field(default_factory=set)
+    pool: int | None = None
+
+    def add(self, replica: Replica) -> None:
+        self.replicas.add(replica.target.replica_uid)
+        self.pool = replica.target.revision
+
+
+@dataclass(eq=False)
 class Endpoint:
     """One endpoint that is in the table, or was when a request that is under way began."""
 
@@ -40,7 +52,7 @@ class Endpoint:
     balancer: Balancer
     line: WaitingLine
     meter: EndpointMeter
-    waiters: dict[int, tuple[asyncio.Future[Replica | None], Collection[str]]] = field(default_factory=dict)
+    waiters: dict[int, tuple[asyncio.Future[Replica | None], Tries]] = field(default_factory=dict)
 
 
 class AllTried(Exception):
@@ -73,7 +85,6 @@ class Live:
         self.on_table: list[Callable[[], None]] = []
         self.on_drained: list[Callable[[], None]] = []
         self._clock = clock
-        self._turn = 0
         self._unreachable: dict[str, float] = {}
         self._table_changed = asyncio.Event()
 
@@ -98,7 +109,7 @@ class Live:
             elif endpoint.route == route:
                 continue
             endpoint.route = route
-            for replica in endpoint.balancer.update(route.targets):
+            for replica in endpoint.balancer.update(route.targets, route.pools):
                 self._gone(replica)
             endpoint.meter.keep_replicas({target.replica_uid for target in route.targets})
             self._hand_over(endpoint)
@@ -115,7 +126,7 @@ class Live:
         except TimeoutError:
             return
 
-    async def lease(self, endpoint: Endpoint, tried: Collection[str]) -> Replica:
+    async def lease(self, endpoint: Endpoint, tried: Tries) -> Replica:
         """A replica with a place for one more request; `release` it. Waits in line if all are busy.
 
         Raises Refused, or AllTried.
@@ -132,10 +143,9 @@ class Live:
         except TimeoutError:
             raise Refused(refusal("queue_timeout")) from None
 
-    def _pick(self, endpoint: Endpoint, tried: Collection[str]) -> Replica | None:
+    def _pick(self, endpoint: Endpoint, tried: Tries) -> Replica | None:
         """A replica, acquired; None if all are busy. Raises Refused, or AllTried."""
-        self._turn += 1
-        choice = endpoint.balancer.choose(self._clock(), self._turn, tried)
+        choice = endpoint.balancer.choose(self._clock(), tried.replicas, tried.pool)
         if isinstance(choice, Replica):
             endpoint.balancer.acquire(choice)
             return choice
@@ -145,7 +155,7 @@ class Live:
             raise AllTried
         return None
 
-    async def _wait_in_line(self, endpoint: Endpoint, tried: Collection[str]) -> Replica:
+    async def _wait_in_line(self, endpoint: Endpoint, tried: Tries) -> Replica:
         endpoint.meter.queued += 1
         try:
             while True:
@@ -163,7 +173,7 @@ class Live:
         finally:
             endpoint.meter.queued -= 1
 
-    async def _wait_for_turn(self, endpoint: Endpoint, ticket: int, tried: Collection[str]) -> Replica | None:
+    async def _wait_for_turn(self, endpoint: Endpoint, ticket: int, tried: Tries) -> Replica | None:
         waiter: asyncio.Future[Replica | None] = asyncio.get_running_loop().create_future()
         endpoint.waiters[ticket] = (waiter, tried)
         try:

@@ -19,6 +19,7 @@ _MAGIC = b"DURE-TABLE-1\n"
 _DIGEST_BYTES = 32
 # A label is looked up in every request of subdomain mode; DNS allows no longer one.
 _LABEL_LENGTH_MAX = 63
+_POOL_WEIGHT_MAX = 100
 
 
 class TableError(Exception):
@@ -34,6 +35,15 @@ class Target:
     port: int
     weight: int = 1
     draining: bool = False
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficPool:
+    """The targets of one revision, and their share of the requests, 0 to 100."""
+
+    revision: int
+    weight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,7 @@ class Route:
     unavailability: int
     unavailability_detail: str
     revoked_tokens: frozenset[str]
+    pools: tuple[TrafficPool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +210,11 @@ def _check_route(route: Route) -> None:
                 f"{where}: replica {target.replica_uid} has no usable address or weight "
                 f"({target.host}:{target.port}, weight {target.weight})"
             )
+    if len({pool.revision for pool in route.pools}) < len(route.pools):
+        raise TableError(f"{where}: two pools have the same revision")
+    for pool in route.pools:
+        if not 0 <= pool.weight <= _POOL_WEIGHT_MAX:
+            raise TableError(f"{where}: pool {pool.revision} has weight {pool.weight}, not 0 to 100")
 
 
 def _route_of(message: pb.Route) -> Route:
@@ -209,10 +225,13 @@ def _route_of(message: pb.Route) -> Route:
         port=message.port,
         label=message.label,
         open_to_public=message.open_to_public,
-        targets=tuple(Target(t.replica_uid, t.host, t.port, t.weight, t.draining) for t in message.targets),
+        targets=tuple(
+            Target(t.replica_uid, t.host, t.port, t.weight, t.draining, t.revision) for t in message.targets
+        ),
         unavailability=message.unavailability,
         unavailability_detail=message.unavailability_detail,
         revoked_tokens=frozenset(message.revoked_tokens),
+        pools=tuple(TrafficPool(pool.revision, pool.weight) for pool in message.pools),
     )
 
 
@@ -228,6 +247,7 @@ def _message_of(route: Route) -> pb.Route:
         unavailability=pb.Unavailability.ValueType(route.unavailability),
         unavailability_detail=route.unavailability_detail,
         revoked_tokens=sorted(route.revoked_tokens),
+        pools=[pb.Pool(revision=pool.revision, weight=pool.weight) for pool in route.pools],
     )
 
 
@@ -238,4 +258,5 @@ def _target_message_of(target: Target) -> pb.Target:
         port=target.port,
         weight=target.weight,
         draining=target.draining,
+        revision=target.revision,
     )

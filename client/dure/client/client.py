@@ -8,10 +8,15 @@ from types import TracebackType
 from dure.client.admin import AdminGroup
 from dure.client.agents import AgentGroup
 from dure.client.call import Caller
+from dure.client.catalog import Images, Presets, ResourceGroups
 from dure.client.context import DEFAULT_PROJECT, Context, load_context
 from dure.client.endpoints import EndpointGroup
 from dure.client.folders import FolderGroup
+from dure.client.models import ModelGroup
+from dure.client.projects import ProjectGroup
+from dure.client.runtimes import RuntimeGroup
 from dure.client.tokens import TokenGroup
+from dure.client.users import KeyGroup, UserGroup
 
 
 class Client:
@@ -38,6 +43,14 @@ class Client:
         self.tokens = TokenGroup(self._caller, project)
         self.agents = AgentGroup(self._caller)
         self.admin = AdminGroup(self._caller)
+        self.projects = ProjectGroup(self._caller, project)
+        self.users = UserGroup(self._caller)
+        self.keys = KeyGroup(self._caller)
+        self.groups = ResourceGroups(self._caller)
+        self.presets = Presets(self._caller)
+        self.images = Images(self._caller)
+        self.runtimes = RuntimeGroup(self._caller)
+        self.models = ModelGroup(self._caller, project)
 
     @classmethod
     def from_context(

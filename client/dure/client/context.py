@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dure.wire.errors import DureError, InvalidInput
 from dure.wire.settings import write_toml
 
 DEFAULT_PROJECT = "default"
+CONTEXT_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _KEYS = ("manager", "api_key", "project")
 
 
@@ -31,6 +33,17 @@ def context_path() -> Path:
         return Path(named)
     home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(home) / "dure" / "context.toml"
+
+
+def saved_path(name: str) -> Path:
+    """Where a context with a name is kept: in the folder `contexts` beside the current one."""
+    return context_path().parent / "contexts" / f"{name}.toml"
+
+
+def saved_contexts() -> dict[str, Path]:
+    """Files of all contexts with a name, by name."""
+    found = sorted((context_path().parent / "contexts").glob("*.toml"))
+    return {path.stem: path for path in found if CONTEXT_NAME.fullmatch(path.stem)}
 
 
 def load_context(path: Path | None = None) -> Context:

@@ -11,7 +11,7 @@ from dure.client.call import PAGE_SIZE, Caller, all_pages
 from dure.client.transfer import Progress, download, upload
 from dure.client.tree import LocalFile, files_of, inside
 from dure.v1 import folder_pb2, folder_pb2_grpc
-from dure.v1.folder_pb2 import File, Folder, FolderUsage
+from dure.v1.folder_pb2 import CheckFolderResponse, File, Folder, FolderUsage
 from dure.wire import names
 from dure.wire.errors import InvalidInput, NotFound
 
@@ -44,6 +44,13 @@ class FolderGroup:
         """With all its files; refused while a living endpoint mounts it."""
         request = folder_pb2.DeleteFolderRequest(name=self.full_name(name))
         await self._caller.unary(self._stub.DeleteFolder, request, idempotent=False)
+
+    async def check(self, name: str, *, model_definition_path: str = "") -> CheckFolderResponse:
+        """Everything that is wrong with the definition files of a model folder, and which files were read."""
+        request = folder_pb2.CheckFolderRequest(
+            name=self.full_name(name), model_definition_path=model_definition_path
+        )
+        return await self._caller.unary(self._stub.CheckFolder, request)
 
     def ls(self, name: str) -> AsyncIterator[File]:
         """All files of a folder, by path."""

@@ -8,6 +8,11 @@ from datetime import datetime, timedelta
 from dure.client.call import PAGE_SIZE, Caller, all_pages
 from dure.v1 import token_pb2, token_pb2_grpc
 from dure.wire import names
+from dure.wire.errors import InvalidInput, NotFound, Violation
+
+# Events show the last six characters of a uid.
+_UID_END_LENGTH_MIN = 6
+_SHOWN_MAX = 10
 
 
 class TokenGroup:
@@ -43,6 +48,25 @@ class TokenGroup:
 
         return all_pages(fetch)
 
+    async def find(self, endpoint: str, which: str) -> token_pb2.Token:
+        """Without its secret: the token of this uid, of the uid that ends so (six characters at least), or of
+        this label, where one that works goes before those that do not.
+
+        Raises NotFound, or InvalidInput if several fit.
+        """
+        found = [token async for token in self.list(endpoint) if _fits(token, which)]
+        working = [token for token in found if token.status == token_pb2.TOKEN_STATUS_ACTIVE]
+        fitting = [token for token in found if token.uid == which] or working or found
+        if not fitting:
+            name = endpoint.rsplit("/", 1)[-1]
+            raise NotFound(f"endpoint {name} has no token `{which}`", reason="TOKEN_NOT_FOUND")
+        if len(fitting) > 1:
+            uids = ", ".join(token.uid for token in fitting[:_SHOWN_MAX])
+            more = " and more" if len(fitting) > _SHOWN_MAX else ""
+            what = f"`{which}` fits {len(fitting)} tokens, so name one by its id: {uids}{more}"
+            raise InvalidInput.of([Violation("token", what)])
+        return fitting[0]
+
     async def revoke(self, name: str, endpoint: str | None = None) -> token_pb2.Token:
         request = token_pb2.RevokeTokenRequest(name=self._name(name, endpoint))
         return (await self._caller.unary(self._stub.RevokeToken, request)).token
@@ -52,3 +76,8 @@ class TokenGroup:
 
     def _name(self, name: str, endpoint: str | None) -> str:
         return name if "/" in name or endpoint is None else f"{self._endpoint(endpoint)}/tokens/{name}"
+
+
+def _fits(token: token_pb2.Token, which: str) -> bool:
+    ends = len(which) >= _UID_END_LENGTH_MIN and token.uid.endswith(which.lower())
+    return ends or (bool(which) and token.label == which)

@@ -60,6 +60,10 @@ def replica(project_id: str, endpoint_id: str, uid: str) -> str:
     return f"projects/{project_id}/endpoints/{endpoint_id}/replicas/{uid}"
 
 
+def revision(project_id: str, endpoint_id: str, number: int) -> str:
+    return f"projects/{project_id}/endpoints/{endpoint_id}/revisions/{number}"
+
+
 def event(project_id: str, endpoint_id: str, uid: str) -> str:
     return f"projects/{project_id}/endpoints/{endpoint_id}/events/{uid}"
 
@@ -70,6 +74,26 @@ def agent(agent_id: str) -> str:
 
 def proxy(proxy_id: str) -> str:
     return f"proxies/{proxy_id}"
+
+
+def user(user_id: str) -> str:
+    return f"users/{user_id}"
+
+
+def api_key(user_id: str, uid: str) -> str:
+    return f"users/{user_id}/keys/{uid}"
+
+
+def resource_group(group_id: str) -> str:
+    return f"resourceGroups/{group_id}"
+
+
+def preset(preset_id: str) -> str:
+    return f"presets/{preset_id}"
+
+
+def image(image_id: str) -> str:
+    return f"images/{image_id}"
 
 
 def new_uid(now_ms: int, random_bits: int) -> str:

@@ -51,6 +51,33 @@ class AgentApi(agent_pb2_grpc.AgentServiceServicer):
         found, token = scope.page(found, size, found)
         return agent_pb2.ListAgentsResponse(agents=await self._shown(found), next_page_token=token)
 
+    async def DrainAgent(
+        self, request: agent_pb2.DrainAgentRequest, context: Context
+    ) -> agent_pb2.DrainAgentResponse:
+        return agent_pb2.DrainAgentResponse(agent=await self._set_draining(request.name, draining=True))
+
+    async def ResumeAgent(
+        self, request: agent_pb2.ResumeAgentRequest, context: Context
+    ) -> agent_pb2.ResumeAgentResponse:
+        return agent_pb2.ResumeAgentResponse(agent=await self._set_draining(request.name, draining=False))
+
+    async def _set_draining(self, name: str, *, draining: bool) -> agent_pb2.Agent:
+        (agent_id,) = names.parse(name, "agents/{}")
+        async with self._store.write() as tx:
+            row = await tx.session.scalar(select(schema.Agent).where(schema.Agent.name == agent_id))
+            if row is None:
+                raise errors.NotFound(f"no agent `{agent_id}`", reason="AGENT_NOT_FOUND")
+            row.draining = draining
+            tx.touch("agent", row.uid)
+            # Their replicas are to leave, or may stay.
+            for uid in await tx.session.scalars(
+                select(schema.Kernel.endpoint_uid)
+                .where(schema.Kernel.agent_uid == row.uid, schema.Kernel.phase != KernelPhase.GONE)
+                .distinct()
+            ):
+                tx.touch("endpoint", uid)
+        return (await self._shown([agent_id]))[0]
+
     async def _shown(self, agent_ids: list[str]) -> list[agent_pb2.Agent]:
         async with self._store.read() as session:
             rows = list(
@@ -83,6 +110,8 @@ class AgentApi(agent_pb2_grpc.AgentServiceServicer):
             backend=hello.backend,
             session_count=len({kernel.session_uid for kernel in kernels}),
             limitations=hello.limitations,
+            draining=row.draining,
+            architecture=hello.architecture,
         )
         message.last_heard.FromMilliseconds(away_ms)
         for slot in (CPU, MEM):

@@ -52,8 +52,9 @@ class Controller:
         # When to look at a key again, earliest first, and the time that counts for each key.
         self._timers: list[tuple[int, str]] = []
         self._due_ms: dict[str, int] = {}
-        # Endpoints with replicas that found no place: any change of an agent may make room.
-        self._waiting: set[str] = set()
+        # Endpoints with replicas that found no place, and who of them comes first (highest priority, then
+        # oldest): any change of an agent may make room.
+        self._waiting: dict[str, tuple[int, int]] = {}
         # Endpoints that go on once the proxies have taken up a route, or let go of a replica.
         self._on_proxies: set[str] = set()
         self._running: str | None = None
@@ -79,11 +80,14 @@ class Controller:
                     self.wake(uid)
             elif kind == "agent":
                 self._fleet.wanted_changed(uid)
-                for waiting in sorted(self._waiting):
-                    self.wake(waiting)
+                self._wake_waiting()
             elif kind == "proxy":
                 # A group's addresses may have changed.
                 self._resync_now.set()
+
+    def _wake_waiting(self) -> None:
+        for waiting in sorted(self._waiting, key=lambda uid: self._waiting[uid]):
+            self.wake(waiting)
 
     def proxies_moved(self) -> None:
         """A proxy took up a route, let go of a replica, could not bind a port, came or went."""
@@ -93,12 +97,18 @@ class Controller:
     async def build(self) -> None:
         """Publishes every route as stored, before anybody may connect."""
         async with self._store.read() as session:
-            rows = await session.scalars(select(schema.Endpoint).where(schema.Endpoint.deleted_ms.is_(None)))
+            rows = await session.scalars(
+                select(schema.Endpoint)
+                .where(schema.Endpoint.deleted_ms.is_(None))
+                .order_by(schema.Endpoint.priority.desc(), schema.Endpoint.uid)
+            )
             for row in list(rows):
+                self.wake(row.uid)
+                if row.validation:
+                    continue
                 replicas, kernels = await views.living(session, row.uid)
                 shown = [views.replica_view(r, kernels.get(r.uid, ()), {}) for r in replicas]
                 self._hub.put(await current_route(session, row, shown))
-                self.wake(row.uid)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -148,8 +158,9 @@ class Controller:
                 .where(schema.Kernel.agent_uid.in_(list(agents)), schema.Kernel.phase != KernelPhase.GONE)
                 .distinct()
             )
-            for uid in {*uids, *self._waiting}:
+            for uid in uids:
                 self.wake(uid)
+        self._wake_waiting()
 
     async def _resync(self) -> None:
         while True:
@@ -178,7 +189,8 @@ class Controller:
                 if row is None or row.deleted_ms is not None:
                     self._forget(uid)
                     return
-                await assign_address(tx, row)
+                if not row.validation:
+                    await assign_address(tx, row)
                 for _ in range(ROUNDS_MAX):
                     run = Round(tx, row, self._fleet, self._hub)
                     await run.load()
@@ -196,8 +208,16 @@ class Controller:
         if row.deleted_ms is not None:
             self._forget(uid)
             return
+        if run.pending:
+            self._waiting[uid] = (-row.priority, row.created_ms)
+        else:
+            self._waiting.pop(uid, None)
+        if row.validation:
+            # No route leads to it, so no proxy is waited for.
+            if plan.look_again_ms is not None:
+                self.wake_at(uid, plan.look_again_ms)
+            return
         self._hub.put(route)
-        _keep(self._waiting, uid, run.pending)
         published = self._hub.published(route, row.proxy_group)
         _keep(self._on_proxies, uid, not published or any(replica.draining for replica in run.shown))
         if not published:
@@ -207,7 +227,7 @@ class Controller:
 
     def _forget(self, uid: str) -> None:
         self._hub.remove(uid)
-        self._waiting.discard(uid)
+        self._waiting.pop(uid, None)
         self._on_proxies.discard(uid)
 
     def _set_status(
@@ -228,7 +248,7 @@ class Controller:
             }
             for name, failure in self._hub.bind_failures(row.uid)
         ]
-        if not row.address:
+        if not row.address and not row.validation:
             conditions.append(
                 {
                     "type": "NO_ADDRESS",

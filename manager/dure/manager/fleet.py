@@ -11,8 +11,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from dure.fleet.v1 import fleet_pb2
 from dure.manager import liveness
 from dure.manager.model import AgentStatus
+
+OUTBOX_MAX = 256
 
 
 def monotonic_ms() -> int:
@@ -29,6 +32,10 @@ class Connection:
     # gRPC takes one message at a time.
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     replaced: asyncio.Event = field(default_factory=asyncio.Event)
+    # Messages that wait for their turn on the stream, beside what is wanted.
+    outbox: asyncio.Queue[fleet_pb2.ConnectResponse] = field(
+        default_factory=lambda: asyncio.Queue(OUTBOX_MAX)
+    )
     # Generation of each kernel's wish as sent on this stream.
     sent: dict[str, int] = field(default_factory=dict)
 
@@ -72,6 +79,17 @@ class Fleet:
         """Whether a stream of an agent is open."""
         member = self._members.get(uid)
         return member is not None and member.connection is not None
+
+    def ask(self, uid: str, message: fleet_pb2.ConnectResponse) -> bool:
+        """Sends a message on an agent's stream; False if there is none, or it does not keep up."""
+        member = self._members.get(uid)
+        if member is None or member.connection is None:
+            return False
+        try:
+            member.connection.outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            return False
+        return True
 
     def heard(self, uid: str) -> None:
         self._members[uid].heard_ms = monotonic_ms()

@@ -11,11 +11,12 @@ import grpc.aio
 from sqlalchemy import select
 
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from dure.manager import auth, liveness, schema, streams
+from dure.manager import auth, group_api, liveness, placing, schema, streams
 from dure.manager.fleet import Connection, Fleet
 from dure.manager.folders import Folders
 from dure.manager.intake import Intake
 from dure.manager.joining import join
+from dure.manager.log_relay import LogRelay
 from dure.manager.model import KernelPhase
 from dure.manager.store import Store
 from dure.wire import errors
@@ -36,16 +37,21 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
     """What agents call."""
 
     def __init__(
-        self, store: Store, fleet: Fleet, intake: Intake, folders: Folders, stop_grace_ms: int
+        self,
+        store: Store,
+        fleet: Fleet,
+        intake: Intake,
+        folders: Folders,
+        relay: LogRelay,
+        stop_grace_ms: int,
     ) -> None:
         self._store = store
+        self._relay = relay
         self._fleet = fleet
         self._intake = intake
         self._folders = folders
         self._stop_grace_ms = stop_grace_ms
-        self._templates: OrderedDict[tuple[str, int], tuple[fleet_pb2.KernelSpec, dict[str, Any]]] = (
-            OrderedDict()
-        )
+        self._templates: OrderedDict[tuple[str, int], fleet_pb2.KernelSpec] = OrderedDict()
 
     async def Join(self, request: fleet_pb2.JoinRequest, context: Context) -> fleet_pb2.JoinResponse:
         uid, credential = await join(self._store, "agent", request.agent, self._alive)
@@ -71,6 +77,7 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
                 connection.replaced,
                 self._listen(connection, context, observed),
                 self._tell(connection, context, observed),
+                _pass_on(connection, context),
             )
         finally:
             self._fleet.closed(connection)
@@ -81,6 +88,9 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             row = await tx.session.get_one(schema.Agent, agent_uid)
             row.hello = hello.SerializeToString(deterministic=True)
             row.resource_group = hello.resource_group
+            # A group that an agent names and nobody made appears by itself.
+            if await tx.session.get(schema.ResourceGroup, hello.resource_group) is None:
+                tx.session.add(group_api.new_row(hello.resource_group))
 
     def _welcome(self, agent_uid: str) -> fleet_pb2.Welcome:
         return fleet_pb2.Welcome(
@@ -188,24 +198,47 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
         key = (row.endpoint_uid, replica.revision)
         if key not in self._templates:
             revision = await session.get_one(schema.Revision, key)
-            template = fleet_pb2.KernelSpec.FromString(revision.kernel)
-            self._templates[key] = (template, revision.spec)
+            self._templates[key] = fleet_pb2.KernelSpec.FromString(revision.kernel)
             if len(self._templates) > TEMPLATES_MAX:
                 self._templates.popitem(last=False)
-        template, _ = self._templates[key]
         spec = fleet_pb2.KernelSpec()
-        spec.CopyFrom(template)
+        spec.CopyFrom(self._templates[key])
         spec.uid, spec.session_uid, spec.generation = row.uid, row.session_uid, row.generation
         spec.replica_uid = row.replica_uid
-        spec.cluster.role, spec.cluster.index = row.role, row.index
-        spec.cluster.size = 1
-        spec.cluster.hosts.append(f"{row.role}{row.index}")
+        spec.session_name = f"{spec.endpoint}-{row.replica_uid[-6:]}"
+        spec.cluster.CopyFrom(await self._cluster(session, row))
+        if row.role != "main":
+            # Only main1 is probed; the others are fine as long as they run.
+            spec.ClearField("health_check")
+        if replica.ssh_key:
+            spec.ssh_keys.CopyFrom(placing.ssh_key_pair(replica.ssh_key, spec.session_name))
         for slot, amount in row.slots.items():
             spec.slots[slot] = amount
         for share in row.devices:
             spec.devices.add(device=share["device"], slot=share["slot"], amount=share["amount"])
         spec.stop_grace_ms = self._stop_grace_ms
         return spec
+
+    async def _cluster(self, session: Any, row: schema.Kernel) -> fleet_pb2.Cluster:
+        """The place of a kernel among those of its session."""
+        rows = await session.execute(
+            select(schema.Kernel, schema.Agent.hello)
+            .join(schema.Agent, schema.Agent.uid == schema.Kernel.agent_uid)
+            .where(schema.Kernel.replica_uid == row.replica_uid)
+        )
+        ordered = sorted(rows, key=lambda found: (found[0].role, found[0].index))
+        cluster = fleet_pb2.Cluster(role=row.role, index=row.index, size=len(ordered))
+        for kernel, hello in ordered:
+            cluster.hosts.append(f"{kernel.role}{kernel.index}")
+            cluster.addresses.append(fleet_pb2.Hello.FromString(hello).advertise_address)
+            cluster.rendezvous_port = cluster.rendezvous_port or kernel.rendezvous_port
+            if kernel.agent_uid == row.agent_uid and (kernel.role, kernel.index) < (row.role, row.index):
+                cluster.local_rank += 1
+        return cluster
+
+    async def SendLogs(self, _requests: Any, context: Context) -> fleet_pb2.SendLogsResponse:
+        await self._relay.take(auth.current().uid, context)
+        return fleet_pb2.SendLogsResponse()
 
     async def GetFolderManifest(  # type: ignore[override]
         self, request: fleet_pb2.GetFolderManifestRequest, context: Context
@@ -230,19 +263,24 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
                 select(schema.Kernel.uid)
                 .join(schema.Replica, schema.Replica.uid == schema.Kernel.replica_uid)
                 .join(
-                    schema.Revision,
-                    (schema.Revision.endpoint_uid == schema.Replica.endpoint_uid)
-                    & (schema.Revision.number == schema.Replica.revision),
+                    schema.RevisionFolder,
+                    (schema.RevisionFolder.endpoint_uid == schema.Replica.endpoint_uid)
+                    & (schema.RevisionFolder.number == schema.Replica.revision),
                 )
                 .where(
                     schema.Kernel.agent_uid == auth.current().uid,
                     schema.Kernel.phase != KernelPhase.GONE,
-                    schema.Revision.folder_uid == folder_uid,
+                    schema.RevisionFolder.folder_uid == folder_uid,
                 )
                 .limit(1)
             )
         if mounted is None:
             raise errors.PermissionDenied(f"no kernel of this agent mounts folder {folder_uid}")
+
+
+async def _pass_on(connection: Connection, context: Context) -> None:
+    while True:
+        await streams.send(context, connection.sending, await connection.outbox.get())
 
 
 def _checked(hello: fleet_pb2.Hello, peer: str) -> fleet_pb2.Hello:

@@ -10,8 +10,10 @@ import grpc.aio
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from dure.manager import messages, schema, scope
+from dure.manager import auth, messages, schema, scope
+from dure.manager.definitions import check_folder
 from dure.manager.folders import FileFacts, Folders
+from dure.manager.runtime_api import RUNTIMES_MAX
 from dure.manager.store import Store, new_uid, now_ms
 from dure.v1 import folder_pb2, folder_pb2_grpc
 from dure.wire import errors, names
@@ -95,8 +97,8 @@ class FolderApi(folder_pb2_grpc.FolderServiceServicer):
             users = list(
                 await tx.session.scalars(
                     select(schema.Endpoint.name)
-                    .join(schema.Revision, schema.Revision.endpoint_uid == schema.Endpoint.uid)
-                    .where(schema.Revision.folder_uid == row.uid, schema.Endpoint.deleted_ms.is_(None))
+                    .join(schema.RevisionFolder, schema.RevisionFolder.endpoint_uid == schema.Endpoint.uid)
+                    .where(schema.RevisionFolder.folder_uid == row.uid, schema.Endpoint.deleted_ms.is_(None))
                     .distinct()
                     .limit(6)
                 )
@@ -127,6 +129,7 @@ class FolderApi(folder_pb2_grpc.FolderServiceServicer):
             raise errors.InvalidInput.of([Violation("header", "the first piece must carry the header")])
         header = first.header
         uid = await self._uid(header.folder, "header.folder")
+        auth.note(header.path[:200])
         facts = await self._folders.write(
             uid, header.path, header.size_bytes, header.sha256, header.mode, _pieces(context)
         )
@@ -145,8 +148,22 @@ class FolderApi(folder_pb2_grpc.FolderServiceServicer):
         self, request: folder_pb2.DeleteFileRequest, context: Context
     ) -> folder_pb2.DeleteFileResponse:
         uid = await self._uid(request.folder, "folder")
+        auth.note(request.path[:200])
         await self._folders.delete(uid, request.path, recursive=request.recursive)
         return folder_pb2.DeleteFileResponse()
+
+    async def CheckFolder(
+        self, request: folder_pb2.CheckFolderRequest, context: Context
+    ) -> folder_pb2.CheckFolderResponse:
+        async with self._store.read() as session:
+            _, row = await scope.folder(session, request.name)
+            known = list(await session.scalars(select(schema.Runtime.name).limit(RUNTIMES_MAX)))
+        if row.usage != "MODEL":
+            used = f"folder `{row.name}` has usage {row.usage.lower()}; only model folders have definitions"
+            raise errors.InvalidInput.of([Violation("name", used)])
+        report = await check_folder(self._folders, row, known, request.model_definition_path)
+        problems = [messages.file_problem(problem) for problem in report.problems]
+        return folder_pb2.CheckFolderResponse(problems=problems, files=report.files)
 
     async def _uid(self, name: str, field: str) -> str:
         async with self._store.read() as session:

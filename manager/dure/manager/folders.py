@@ -77,9 +77,13 @@ class Folders:
         """All files with their hashes; those of unchanged files are remembered."""
         return await asyncio.to_thread(self._manifest, uid)
 
-    async def read_text(self, uid: str, path: str, bytes_max: int) -> str | None:
-        """A small text file, None if there is none. Raises InvalidInput if it is too large or not UTF-8."""
-        return await asyncio.to_thread(self._read_text, uid, path, bytes_max)
+    async def read_small(self, uid: str, path: str, bytes_max: int) -> bytes | None:
+        """The first `bytes_max` bytes of a file, None if there is none. Raises InvalidInput (bad path)."""
+        return await asyncio.to_thread(self._read_small, uid, path, bytes_max)
+
+    async def has_directory(self, uid: str, path: str) -> bool:
+        """Whether there is such a sub-folder. Raises InvalidInput for a bad path, or one through a link."""
+        return await asyncio.to_thread(self._has_directory, uid, path)
 
     async def facts(self, uid: str, path: str) -> FileFacts:
         """Raises NotFound."""
@@ -187,20 +191,19 @@ class Folders:
             found = os.fstat(file.fileno())
         return FileFacts(path, found.st_size, stat.S_IMODE(found.st_mode), found.st_mtime_ns)
 
-    def _read_text(self, uid: str, path: str, bytes_max: int) -> str | None:
+    def _read_small(self, uid: str, path: str, bytes_max: int) -> bytes | None:
         try:
             with self._open(uid, path) as file:
-                content = file.read(bytes_max + 1)
+                return file.read(bytes_max)
         except errors.NotFound:
             return None
-        if len(content) > bytes_max:
-            raise errors.InvalidInput.of([Violation(path, f"is larger than {bytes_max} bytes")])
+
+    def _has_directory(self, uid: str, path: str) -> bool:
         try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise errors.InvalidInput.of(
-                [Violation(path, f"is not UTF-8 text (byte {error.start})")]
-            ) from error
+            with self._parent(uid, path) as (directory, name):
+                return stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+        except errors.NotFound:
+            return False
 
     def _list(self, uid: str) -> list[FileFacts]:
         found: list[FileFacts] = []

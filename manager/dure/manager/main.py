@@ -23,6 +23,7 @@ from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.manager import schema
 from dure.manager.admin_api import AdminApi
 from dure.manager.agent_api import AgentApi
+from dure.manager.audit import Trail
 from dure.manager.auth import Gatekeeper
 from dure.manager.controller import Controller
 from dure.manager.endpoint_api import EndpointApi
@@ -30,22 +31,39 @@ from dure.manager.fleet import Fleet
 from dure.manager.fleet_api import FleetApi
 from dure.manager.folder_api import FolderApi
 from dure.manager.folders import Folders
+from dure.manager.group_api import GroupApi
 from dure.manager.hub import Hub
+from dure.manager.image_api import ImageApi
 from dure.manager.intake import Intake
 from dure.manager.keys import SigningKeys
+from dure.manager.log_reader import LogReader
+from dure.manager.log_relay import LogRelay
+from dure.manager.model_api import ModelApi
+from dure.manager.preset_api import PresetApi
+from dure.manager.project_api import ProjectApi
+from dure.manager.revising import Revising
 from dure.manager.routing_api import RoutingApi
+from dure.manager.runtime_api import RuntimeApi, store_seed
 from dure.manager.store import Store, new_uid, now_ms
 from dure.manager.token_api import TokenApi
+from dure.manager.user_api import UserApi
+from dure.manager.validating import Validating
 from dure.routing.v1 import routing_pb2, routing_pb2_grpc
 from dure.v1 import (
     admin_pb2,
     admin_pb2_grpc,
     agent_pb2,
     agent_pb2_grpc,
+    catalog_pb2,
+    catalog_pb2_grpc,
     endpoint_pb2,
     endpoint_pb2_grpc,
     folder_pb2,
     folder_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    project_pb2,
+    project_pb2_grpc,
     token_pb2,
     token_pb2_grpc,
 )
@@ -56,7 +74,19 @@ from dure.wire.errors import DureError
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
-_DESCRIPTORS = (admin_pb2, agent_pb2, endpoint_pb2, folder_pb2, token_pb2, fleet_pb2, routing_pb2, health_pb2)
+_DESCRIPTORS = (
+    admin_pb2,
+    agent_pb2,
+    catalog_pb2,
+    endpoint_pb2,
+    folder_pb2,
+    model_pb2,
+    project_pb2,
+    token_pb2,
+    fleet_pb2,
+    routing_pb2,
+    health_pb2,
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +167,7 @@ async def run(options: Settings) -> None:
     try:
         folders = Folders(options.home / "folders")
         await _first_start(store, options.home)
+        await store_seed(store)
         keys = SigningKeys.load(options.home / "keys", new_uid())
         fleet = Fleet()
         async with store.read() as session:
@@ -146,17 +177,32 @@ async def run(options: Settings) -> None:
         hub = Hub(table_id=new_uid(), keys=keys.public())
         intake = Intake(store)
         controller = Controller(store, fleet, hub)
+        relay = LogRelay(fleet)
+        log_reader = LogReader(store, fleet, relay)
+        revising = Revising(store, folders)
+        validating = Validating(store, fleet, folders, revising, log_reader)
+        await validating.clean_up()
         await controller.build()
-        server = grpc.aio.server(interceptors=[Gatekeeper(store)], options=list(SERVER_OPTIONS))
+        trail = Trail(store)
+        gatekeeper = Gatekeeper(store, trail)
+        server = grpc.aio.server(interceptors=[gatekeeper], options=list(SERVER_OPTIONS))
         health_servicer = health.HealthServicer()
-        endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(EndpointApi(store, folders), server)
+        endpoint_api = EndpointApi(store, fleet, revising, validating, log_reader)
+        endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoint_api, server)
         folder_pb2_grpc.add_FolderServiceServicer_to_server(FolderApi(store, folders), server)
         token_pb2_grpc.add_TokenServiceServicer_to_server(TokenApi(store, keys), server)
         agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentApi(store, fleet), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminApi(store, fleet, hub), server)
+        project_pb2_grpc.add_ProjectServiceServicer_to_server(ProjectApi(store, gatekeeper, trail), server)
+        project_pb2_grpc.add_UserServiceServicer_to_server(UserApi(store, gatekeeper), server)
+        catalog_pb2_grpc.add_ResourceGroupServiceServicer_to_server(GroupApi(store), server)
+        catalog_pb2_grpc.add_PresetServiceServicer_to_server(PresetApi(store), server)
+        catalog_pb2_grpc.add_ImageServiceServicer_to_server(ImageApi(store), server)
+        catalog_pb2_grpc.add_RuntimeServiceServicer_to_server(RuntimeApi(store), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelApi(store, folders, endpoint_api.create), server)
         stop_grace_ms = int(options.stop_grace_s * 1000)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetApi(store, fleet, intake, folders, stop_grace_ms), server
+            FleetApi(store, fleet, intake, folders, relay, stop_grace_ms), server
         )
         routing_pb2_grpc.add_RoutingServiceServicer_to_server(RoutingApi(store, hub, controller), server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -167,13 +213,16 @@ async def run(options: Settings) -> None:
         log.info("manager listens on %s:%d", options.bind, port)
         try:
             async with asyncio.TaskGroup() as group:
-                working = [group.create_task(intake.run()), group.create_task(controller.run())]
+                working = [
+                    group.create_task(work) for work in (intake.run(), controller.run(), trail.run())
+                ]
                 await _stop_signal()
                 log.info("manager stops")
                 for task in working:
                     task.cancel()
         finally:
             await server.stop(STOP_GRACE_S)
+            await trail.flush()
     finally:
         await store.close()
 

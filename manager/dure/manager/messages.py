@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from google.protobuf import json_format, timestamp_pb2
 
+from dure.definitions.problems import Problem
 from dure.fleet.v1 import fleet_pb2
-from dure.manager import schema
-from dure.manager.model import KernelHealth
+from dure.manager import rollout, schema
+from dure.manager.model import EndpointView, KernelHealth, RolloutState
 from dure.v1 import endpoint_pb2, folder_pb2
 from dure.wire import names
 from dure.wire.quantities import format_slot
@@ -69,6 +70,48 @@ def shaping(revision: schema.Revision, project: str) -> endpoint_pb2.Endpoint:
     return message
 
 
+def rollout_of(
+    endpoint: EndpointView, state: RolloutState, serving: Mapping[int, int]
+) -> endpoint_pb2.Rollout:
+    """A rollout that goes on; `serving` counts the replicas of each revision that take requests."""
+    policy = endpoint.policy
+    return endpoint_pb2.Rollout(
+        from_revision=endpoint.stable,
+        to_revision=state.revision,
+        strategy=endpoint_pb2.RolloutStrategy.Value(f"ROLLOUT_STRATEGY_{policy.strategy}"),
+        paused=state.paused,
+        waits=rollout.waits(state, policy),
+        step=rollout.canary_step(state, policy),
+        weight=rollout.weight(state, policy, serving, endpoint.desired),
+        detail=rollout.detail(state, policy, endpoint.name, serving, endpoint.desired),
+    )
+
+
+def revision(row: schema.Revision, endpoint: schema.Endpoint, project: str) -> endpoint_pb2.Revision:
+    spec = shaping(row, project)
+    return endpoint_pb2.Revision(
+        name=names.revision(project, endpoint.name, row.number),
+        number=row.number,
+        create_time=timestamp(row.created_ms),
+        author=row.author,
+        change=row.change,
+        state=_revision_state(row, endpoint),
+        reason=row.failed,
+        spec=spec,
+        model_definition=row.definition,
+    )
+
+
+def _revision_state(row: schema.Revision, endpoint: schema.Endpoint) -> endpoint_pb2.RevisionState.ValueType:
+    if row.failed:
+        return endpoint_pb2.REVISION_STATE_FAILED
+    if row.number == endpoint.stable_revision:
+        return endpoint_pb2.REVISION_STATE_CURRENT
+    if row.number == endpoint.revision:
+        return endpoint_pb2.REVISION_STATE_ROLLING_OUT
+    return endpoint_pb2.REVISION_STATE_REPLACED
+
+
 def replica(
     row: schema.Replica,
     kernels: Iterable[schema.Kernel],
@@ -87,9 +130,18 @@ def replica(
     )
     ordered = sorted(kernels, key=lambda kernel: (kernel.role, kernel.index))
     for kernel in ordered:
+        status = fleet_pb2.KernelStatus.FromString(kernel.status)
+        shown = message.kernels.add(
+            host=f"{kernel.role}{kernel.index}",
+            uid=kernel.uid,
+            node=agent_names.get(kernel.agent_uid, kernel.agent_uid),
+            pid=status.pid,
+            message=status.message,
+        )
         for share in kernel.devices:
             amount = format_slot(share["slot"], share["amount"])
-            message.devices.add(device=share["device"], slot=share["slot"], amount=amount)
+            shown.devices.add(device=share["device"], slot=share["slot"], amount=amount)
+        message.devices.extend(shown.devices)
     if ordered:
         main = ordered[0]
         status = fleet_pb2.KernelStatus.FromString(main.status)
@@ -116,6 +168,12 @@ def folder(row: schema.Folder, project: str, file_count: int, size_bytes: int) -
         create_time=timestamp(row.created_ms),
         file_count=file_count,
         size_bytes=size_bytes,
+    )
+
+
+def file_problem(problem: Problem) -> folder_pb2.FileProblem:
+    return folder_pb2.FileProblem(
+        file=problem.file, line=problem.line, key=problem.key, message=problem.message
     )
 
 

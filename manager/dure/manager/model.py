@@ -76,6 +76,7 @@ class Grant:
     slots: Mapping[str, int]
     devices: tuple[DeviceShare, ...] = ()
     fixed_port: int = 0
+    rendezvous_port: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,69 @@ class ReplicaView:
         return self.status is ReplicaStatus.TERMINATING or not self.living
 
 
+class Strategy(StrEnum):
+    ROLLING = "ROLLING"
+    BLUE_GREEN = "BLUE_GREEN"
+    CANARY = "CANARY"
+
+
+@dataclass(frozen=True)
+class CanaryStep:
+    """`weight` is the percent of requests; without `hold_ms` the step lasts until it is resumed."""
+
+    weight: int
+    hold_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class RolloutPolicy:
+    """How a revision takes the place of another. Amounts are numbers or percentages of the wanted number."""
+
+    strategy: Strategy = Strategy.ROLLING
+    max_surge: str = "1"
+    max_unavailable: str = "0"
+    deadline_ms: int = 600_000
+    steps: tuple[CanaryStep, ...] = (CanaryStep(10),)
+    manual_switch: bool = False
+    automatic_rollback: bool = True
+
+
+@dataclass(frozen=True)
+class RolloutState:
+    """Where the rollout of `revision` stands.
+
+    `most_serving` is the most new replicas that ever served, at `progress_ms`. `step` counts canary steps
+    from 0 (blue-green: 1 once it is switched); `met_ms` is since when its replicas serve, 0 if they do not
+    yet. `full` skips what is left of the steps. `failures` counts starts of the new revision that failed, the
+    last at `failed_ms`.
+    """
+
+    revision: int
+    progress_ms: int
+    most_serving: int = 0
+    step: int = 0
+    met_ms: int = 0
+    full: bool = False
+    paused: bool = False
+    failures: int = 0
+    failed_ms: int = 0
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class EndpointView:
-    """An endpoint, as far as its replicas' fate depends on it."""
+    """An endpoint, as far as its replicas' fate depends on it.
+
+    `stable` is the newest revision of which all replicas were healthy, 0 for none.
+    """
 
     uid: str
     name: str
     desired: int
     revision: int
+    stable: int = 0
+    policy: RolloutPolicy = field(default_factory=RolloutPolicy)
+    rollout: RolloutState | None = None
     deleting: bool = False
     blocked: bool = False
     errors: tuple[str, ...] = ()
@@ -148,7 +204,8 @@ class Surroundings:
     """What else a decision about an endpoint looks at.
 
     `lost_ms` has how long each agent that is not heard of has been away; `given_up` those that are not
-    waited for any longer; `drained` replicas that every connected proxy has let go;
+    waited for any longer; `emptying` those that shall be left; `drained` replicas that every connected proxy
+    has let go;
     `published` whether every connected proxy has the newest route; `lingering` counts kernels of ended
     replicas that their agents have yet to stop.
     """
@@ -156,6 +213,7 @@ class Surroundings:
     now_ms: int
     lost_ms: Mapping[str, int] = field(default_factory=dict)
     given_up: frozenset[str] = frozenset()
+    emptying: frozenset[str] = frozenset()
     drained: frozenset[str] = frozenset()
     published: bool = True
     lingering: int = 0

@@ -1,7 +1,8 @@
 """What becomes of an endpoint's replicas: the reconciler, a function of stored state and the clock.
 
 `reconcile` compares what an endpoint wants with the replicas that it has and returns a Plan: replicas to
-create, to move to another status, to drain, to stop, and when to look again. The controller applies it.
+create, to move to another status, to drain, to stop, how a rollout goes on or that it is rolled back, and
+when to look again. The controller applies it.
 
 A replica's life (one table, `MOVES`):
 
@@ -16,9 +17,10 @@ do the old ones leave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dure.manager import rollout
 from dure.manager.model import (
     EndpointStatus,
     EndpointView,
@@ -26,6 +28,7 @@ from dure.manager.model import (
     KernelPhase,
     ReplicaStatus,
     ReplicaView,
+    RolloutState,
     Surroundings,
 )
 
@@ -49,10 +52,11 @@ SERVED_FAILURES_MAX = 4
 # A replica that was healthy for this long ends a series of failures.
 STABLE_MS = 10_000
 UNHEALTHY_GRACE_MS = 60_000
+# The same for a new revision's replica that never was healthy: the old revision still serves.
+ROLLOUT_GRACE_MS = 20_000
 DRAIN_GRACE_MS = 30_000
 # How long replicas of an agent that was given up on stay in the route without a replacement.
 LOST_KEEP_MS = 60_000
-SURGE = 1
 # Replicas are made in steps, so that no transaction grows without bound.
 CREATE_MAX = 50
 # Exits that say nothing about the replica's own command.
@@ -78,9 +82,15 @@ class Move:
 
 @dataclass
 class Plan:
-    """What to do. `look_again_ms` is when the clock alone may change the decision."""
+    """What to do. `create` counts new replicas by revision; `rollback` says why the wanted revision is given
+    up for the stable one; `stable` is what is now the stable one; `look_again_ms` is when the clock alone may
+    change the decision.
+    """
 
-    create: int = 0
+    create: dict[int, int] = field(default_factory=dict)
+    rollout: RolloutState | None = None
+    rollback: str = ""
+    stable: int = 0
     moves: list[Move] = field(default_factory=list)
     stop: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -130,8 +140,16 @@ def backoff_ms(failures: int) -> int:
 def reconcile(endpoint: EndpointView, replicas: Sequence[ReplicaView], around: Surroundings) -> Plan:
     """The whole decision. `replicas` are all that have not ended, oldest first."""
     plan = Plan(failures=endpoint.failures, failed_ms=endpoint.failed_ms, blocked=endpoint.blocked)
+    plan.stable = endpoint.stable
+    plan.rollout = rollout.begin(endpoint, around.now_ms)
     current = {replica.uid: replica for replica in replicas if replica.living}
     _observe(endpoint, current, around, plan)
+    _advance(endpoint, current, around, plan)
+    if plan.rollback:
+        # The next look is at an endpoint that wants its stable revision again.
+        plan.status, plan.reason = EndpointStatus.UPDATING, plan.rollback
+        plan.look_at(around.now_ms)
+        return plan
     _retire(endpoint, current, around, plan)
     _leave(current, around, plan)
     if endpoint.deleting:
@@ -140,6 +158,51 @@ def reconcile(endpoint: EndpointView, replicas: Sequence[ReplicaView], around: S
         _grow(endpoint, current, around, plan)
     plan.status, plan.reason = _status(endpoint, list(current.values()), around, plan)
     return plan
+
+
+def serving_by_revision(replicas: Sequence[ReplicaView]) -> dict[int, int]:
+    """How many replicas of each revision take new requests."""
+    counts: dict[int, int] = {}
+    for replica in replicas:
+        if in_route(replica):
+            counts[replica.revision] = counts.get(replica.revision, 0) + 1
+    return counts
+
+
+def traffic(endpoint: EndpointView, replicas: Sequence[ReplicaView]) -> Mapping[int, int]:
+    """Percent of the requests by revision, as the stored state of a rollout says; empty: all alike."""
+    state = endpoint.rollout
+    if state is None or state.revision != endpoint.revision:
+        # A rollout that has not begun yet must not show its revision to anybody.
+        state = rollout.begin(endpoint, 0)
+    return rollout.pools(state, endpoint.policy, serving_by_revision(replicas), endpoint.desired)
+
+
+def _advance(
+    endpoint: EndpointView, current: dict[str, ReplicaView], around: Surroundings, plan: Plan
+) -> None:
+    """Takes a rollout one step on, ends it, or gives it up."""
+    staying = [replica for replica in current.values() if not replica.leaving]
+    serving = serving_by_revision(staying).get(endpoint.revision, 0)
+    if plan.rollout is None:
+        if serving >= endpoint.desired > 0 and not endpoint.deleting:
+            plan.stable = endpoint.revision
+        return
+    policy = endpoint.policy
+    plan.rollout = rollout.advance(
+        plan.rollout, policy, endpoint.desired, serving, around.published, around.now_ms
+    )
+    why = rollout.failure(plan.rollout, policy, around.now_ms)
+    if why and policy.automatic_rollback:
+        plan.rollback, plan.rollout = why, None
+    elif why:
+        plan.rollout = replace(plan.rollout, paused=True, reason=why)
+    elif serving >= endpoint.desired and all(
+        replica.revision == endpoint.revision for replica in current.values()
+    ):
+        plan.stable, plan.rollout = endpoint.revision, None
+    elif (at_ms := rollout.look_again_ms(plan.rollout, policy)) is not None:
+        plan.look_at(at_ms)
 
 
 def _move(plan: Plan, current: dict[str, ReplicaView], move: Move) -> None:
@@ -184,15 +247,15 @@ def _observe(
                 plan.look_at(around.now_ms + STABLE_MS - healthy_ms)
         if status is S.UNHEALTHY:
             since_ms = replica.since_ms if replica.status is S.UNHEALTHY else around.now_ms
-            if around.now_ms - since_ms >= UNHEALTHY_GRACE_MS:
+            grace_ms = _unhealthy_grace_ms(endpoint, replica, plan)
+            if around.now_ms - since_ms >= grace_ms:
+                why = current[replica.uid].reason
                 reason = (
-                    f"unhealthy for {UNHEALTHY_GRACE_MS // 1000} s"
-                    + (f" ({replica.reason})" if replica.reason else "")
-                    + "; it is replaced"
+                    f"unhealthy for {grace_ms // 1000} s" + (f" ({why})" if why else "") + "; it is replaced"
                 )
                 _fail(endpoint, current, replica, around, plan, reason, counts=not replica.was_healthy)
             else:
-                plan.look_at(since_ms + UNHEALTHY_GRACE_MS)
+                plan.look_at(since_ms + grace_ms)
 
 
 def _observed_move(replica: ReplicaView, status: ReplicaStatus, reason: str) -> Move:
@@ -242,6 +305,9 @@ def _fail(
     _move(plan, current, Move(replica.uid, S.FAILED, reason, "REPLICA_FAILED", warning=True, stop=True))
     if quiet or endpoint.deleting:
         return
+    if plan.rollout is not None and _is_new(endpoint, replica):
+        hopeless = replica.status is S.UNHEALTHY and not replica.was_healthy
+        plan.rollout = _count_failure(plan.rollout, replica, reason, around.now_ms, hopeless=hopeless)
     # What dies together counts once: only the death of one that was started after the last one that counted
     # says that starting again is of no use yet. One that had served for a while is replaced at once.
     if not stable and replica.created_ms > plan.failed_ms:
@@ -253,7 +319,30 @@ def _fail(
         # Five starts in a row, not five replicas of one start; a success would have cleared the errors.
         stored = 0 if plan.clear_errors else len(endpoint.errors)
         if plan.failures >= FAILURES_MAX and stored + len(plan.errors) >= FAILURES_MAX:
-            plan.blocked = True
+            plan.blocked = plan.rollout is None
+
+
+def _is_new(endpoint: EndpointView, replica: ReplicaView) -> bool:
+    return replica.revision == endpoint.revision
+
+
+def _unhealthy_grace_ms(endpoint: EndpointView, replica: ReplicaView, plan: Plan) -> int:
+    unproven = plan.rollout is not None and _is_new(endpoint, replica) and not replica.was_healthy
+    return ROLLOUT_GRACE_MS if unproven else UNHEALTHY_GRACE_MS
+
+
+def _count_failure(
+    state: RolloutState, replica: ReplicaView, reason: str, now_ms: int, *, hopeless: bool
+) -> RolloutState:
+    """As for endpoints, what dies together counts once.
+
+    `hopeless` is one that ran and never answered well: if none of its revision ever did, another start would
+    tell nothing new.
+    """
+    if replica.created_ms <= state.failed_ms:
+        return state
+    failures = rollout.FAILURES_MAX if hopeless and not state.most_serving else state.failures + 1
+    return replace(state, failures=failures, failed_ms=now_ms, reason=reason[:1000])
 
 
 def _retire(
@@ -267,30 +356,38 @@ def _retire(
         return
     doomed = [replica for replica in staying if _doomed(replica, around)]
     sound = [replica for replica in staying if replica not in doomed]
-    new = [replica for replica in sound if replica.revision == endpoint.revision]
-    old = [replica for replica in sound if replica.revision != endpoint.revision]
+    new = [replica for replica in sound if _is_new(endpoint, replica)]
+    old = [replica for replica in sound if not _is_new(endpoint, replica)]
     serving_new = sum(1 for replica in new if in_route(replica))
+    wanted = rollout.targets(plan.rollout, endpoint.policy, endpoint.desired, len(new), serving_new, len(old))
 
-    for replica in _least_useful_first(new)[: max(0, len(new) - endpoint.desired)]:
+    for replica in _least_useful_first(new)[: max(0, len(new) - wanted.new)]:
         _terminate(current, replica, plan, "scaled in")
-    useless = [replica for replica in old if not in_route(replica)]
-    for replica in useless:
-        _terminate(current, replica, plan, f"revision {replica.revision} is replaced")
-    serving_old = _least_useful_first([replica for replica in old if in_route(replica)])
-    keep_old = max(0, endpoint.desired - serving_new)
-    for replica in serving_old[: max(0, len(serving_old) - keep_old)]:
+    if wanted.keep_old:
+        replaced = _least_useful_first(old)[: max(0, len(old) - wanted.old)]
+    else:
+        serving_old = _least_useful_first([replica for replica in old if in_route(replica)])
+        replaced = [replica for replica in old if not in_route(replica)]
+        replaced += serving_old[: max(0, len(serving_old) - wanted.old)]
+    for replica in replaced:
         _terminate(current, replica, plan, f"revision {replica.revision} is replaced")
 
-    # Replicas of an agent that was given up on most likely still serve: they leave one by one as
-    # replacements become healthy, or when there has been none for too long.
-    missing = max(0, endpoint.desired - serving_new - min(len(serving_old), keep_old))
-    serving_lost = [replica for replica in _least_useful_first(doomed) if in_route(replica)]
+    # Replicas of an agent that was given up on most likely still serve, and those of one that is drained
+    # do: they leave one by one as replacements become healthy, or when the lost ones had none for too long.
+    serving_sound = sum(1 for replica in current.values() if replica in sound and in_route(replica))
+    missing = max(0, endpoint.desired - serving_sound)
+    serving_doomed = [replica for replica in _least_useful_first(doomed) if in_route(replica)]
+    replaceable = serving_doomed[: max(0, len(serving_doomed) - missing)]
     for replica in doomed:
+        node = _left_node(replica, around)
+        if not _lost(replica, around):
+            if not in_route(replica) or replica in replaceable:
+                _terminate(current, replica, plan, f"agent {node} is being drained")
+            continue
         away_ms = max(around.lost_ms.get(kernel.agent_uid, 0) for kernel in replica.kernels)
-        node = replica.kernels[0].agent_name
         if not in_route(replica):
             reason = f"agent {node} is lost, and it did not serve"
-        elif replica in serving_lost[: max(0, len(serving_lost) - missing)]:
+        elif replica in replaceable:
             reason = f"agent {node} is lost; a replacement serves"
         elif away_ms >= LOST_KEEP_MS:
             reason = f"agent {node} has been lost for {LOST_KEEP_MS // 1000} s"
@@ -300,8 +397,18 @@ def _retire(
         _move(plan, current, Move(replica.uid, S.FAILED, reason, "REPLICA_LOST", warning=True, stop=True))
 
 
-def _doomed(replica: ReplicaView, around: Surroundings) -> bool:
+def _lost(replica: ReplicaView, around: Surroundings) -> bool:
     return any(kernel.agent_uid in around.given_up for kernel in replica.kernels)
+
+
+def _doomed(replica: ReplicaView, around: Surroundings) -> bool:
+    leave = around.given_up | around.emptying
+    return any(kernel.agent_uid in leave for kernel in replica.kernels)
+
+
+def _left_node(replica: ReplicaView, around: Surroundings) -> str:
+    leave = around.given_up | around.emptying
+    return next(kernel.agent_name for kernel in replica.kernels if kernel.agent_uid in leave)
 
 
 _USEFULNESS = {S.PENDING: 0, S.STARTING: 1, S.UNHEALTHY: 2, S.DEGRADED: 3, S.HEALTHY: 4}
@@ -357,17 +464,25 @@ def _grow(endpoint: EndpointView, current: dict[str, ReplicaView], around: Surro
         return
     staying = [replica for replica in current.values() if not replica.leaving]
     sound = [replica for replica in staying if not _doomed(replica, around)]
-    new = sum(1 for replica in sound if replica.revision == endpoint.revision)
-    old = len(sound) - new
-    wanted = min(endpoint.desired, endpoint.desired + SURGE - old) - new
-    if wanted <= 0:
+    new = [replica for replica in sound if _is_new(endpoint, replica)]
+    old = len(sound) - len(new)
+    serving_new = sum(1 for replica in new if in_route(replica))
+    targets = rollout.targets(plan.rollout, endpoint.policy, endpoint.desired, len(new), serving_new, old)
+    missing = {endpoint.revision: min(targets.new, targets.total - old) - len(new)}
+    if targets.keep_old:
+        missing[endpoint.stable] = targets.old - old
+    missing = {revision: count for revision, count in missing.items() if count > 0}
+    if not missing:
         return
     ready_ms = plan.failed_ms + backoff_ms(plan.failures) if plan.failures else 0
     if around.now_ms < ready_ms:
         plan.look_at(ready_ms)
         return
-    plan.create = min(wanted, CREATE_MAX)
-    if wanted > CREATE_MAX:
+    left = CREATE_MAX
+    for revision, count in missing.items():
+        plan.create[revision] = min(count, left)
+        left -= plan.create[revision]
+    if sum(missing.values()) > CREATE_MAX:
         plan.look_at(around.now_ms)
 
 
@@ -393,9 +508,14 @@ def _status(
         )
     if endpoint.desired == 0:
         return E.STOPPED, "zero replicas are wanted"
-    old = [replica for replica in staying if replica.revision != endpoint.revision]
+    old = [replica for replica in staying if not _is_new(endpoint, replica)]
+    if plan.rollout is not None:
+        serving = serving_by_revision(staying)
+        where = rollout.detail(plan.rollout, endpoint.policy, endpoint.name, serving, endpoint.desired)
+        waiting = next((f"; waiting for a place: {replica.reason}" for replica in pending), "")
+        return E.UPDATING, where + waiting + last
     if old:
-        return E.UPDATING, f"revision {endpoint.revision} replaces {len(old)} replica(s) of older ones"
+        return E.UPDATING, f"revision {endpoint.revision} replaces {len(old)} replica(s) of others"
     if len(healthy) >= endpoint.desired:
         if around.published:
             return E.HEALTHY, ""
@@ -404,7 +524,7 @@ def _status(
         return E.PENDING, pending[0].reason or "waiting for a place"
     if not healthy and not starting:
         if plan.create:
-            return E.PENDING, f"{plan.create} replica(s) are being placed{last}"
+            return E.PENDING, f"{sum(plan.create.values())} replica(s) are being placed{last}"
         wait_s = max(0.0, (plan.failed_ms + backoff_ms(plan.failures) - around.now_ms) / 1000)
         next_start = f"the next start is in {wait_s:.0f} s{last}" if not staying else ""
         return E.UNHEALTHY, next_start or staying[0].reason or "no replica is healthy"

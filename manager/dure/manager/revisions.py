@@ -1,64 +1,72 @@
-"""What a new endpoint is made of: the request checked as a whole, the definition file read, the result kept.
+"""What a new revision is made of: the request checked as a whole, the files read, the result kept.
 
-A revision holds what was asked for, the definition's text, and a template of the kernels that run it.
+A revision holds what was asked for, what that came to, the definition's text, and a template of the kernels
+that run it. Slots and environment merge key by key: request over preset over service definition over
+runtime.
 """
 
 from __future__ import annotations
 
-import posixpath
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf import json_format
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dure.definitions import model, service
+from dure.definitions.problems import Problem
 from dure.fleet.v1 import fleet_pb2
-from dure.manager import definition, schema, scope
-from dure.manager.folders import Folders, check_path
-from dure.v1 import endpoint_pb2
+from dure.manager import asked as fields
+from dure.manager import changes, runtimes, schema
+from dure.manager.asked import check_replica_count as check_replica_count
+from dure.manager.catalogs import Catalogs, Image
+from dure.manager.definitions import check_folder
+from dure.manager.folders import Folders
+from dure.manager.mounts import extra_mounts, model_folder
+from dure.v1 import catalog_pb2, endpoint_pb2
 from dure.wire import errors, names, quantities
 from dure.wire.errors import InvalidInput, Violation
-from dure.wire.quantities import CPU, MEM
+from dure.wire.quantities import CPU, DEVICES, MEM, SHARES
 
-RUNTIMES = ("custom",)
-MOUNT_DESTINATION = "/models"
-REPLICAS_MAX = 10_000
-ENVIRON_MAX, ENVIRON_BYTES_MAX = 200, 64 * 1024
-# Every session needs some of both; what a request leaves out.
+# Every session needs some of both; what nobody says.
 SLOT_DEFAULTS = {CPU: 1_000, MEM: (1 << 30) * 1_000}
-# The node's own folders; a model that covers one of them would take its system away.
-_NOT_MOUNTABLE = (
-    "/",
-    "/proc",
-    "/sys",
-    "/dev",
-    "/etc",
-    "/usr",
-    "/bin",
-    "/lib",
-    "/lib64",
-    "/sbin",
-    "/run",
-    "/home/work",
-    "/root",
-    "/tmp",
-    "/var",
-    "/opt",
-    "/boot",
-)
+# Fields of what is asked for that shape no replica.
+_UNSHAPED = ("replica_count", "open_to_public", "priority", "rollout_policy")
+# What of a revision's spec shapes its replicas; `resolved` follows from these and the kernel.
+_SHAPES = (
+    "asked", "folder", "resource_group", "slots", "cluster_mode", "cluster_size", "architecture",
+    "needs_image",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A revision that is right, not yet stored."""
+    """A revision that is right, not yet stored. `asked` is canonical and whole: fields 10 to 28."""
 
-    folder_uid: str
+    asked: endpoint_pb2.Endpoint
+    folder_uids: tuple[str, ...]
     spec: dict[str, Any]
     definition: str
     kernel: bytes
 
-    def row(self, endpoint_uid: str, number: int, created_ms: int) -> schema.Revision:
+    @property
+    def folder_uid(self) -> str:
+        """The model folder's."""
+        return self.folder_uids[0]
+
+    @property
+    def priority(self) -> int:
+        return self.asked.priority
+
+    @property
+    def rollout_policy(self) -> dict[str, Any]:
+        return policy_dict(self.asked)
+
+    def row(
+        self, endpoint_uid: str, number: int, created_ms: int, *, author: str = "", change: str = ""
+    ) -> schema.Revision:
         return schema.Revision(
             endpoint_uid=endpoint_uid,
             number=number,
@@ -67,7 +75,36 @@ class Draft:
             spec=self.spec,
             definition=self.definition,
             kernel=self.kernel,
+            author=author,
+            change=change,
         )
+
+    def rows(
+        self, endpoint_uid: str, number: int, created_ms: int, *, author: str = "", change: str = ""
+    ) -> list[schema.Base]:
+        """The revision with the folders that it mounts."""
+        mounted = [
+            schema.RevisionFolder(endpoint_uid=endpoint_uid, number=number, folder_uid=uid)
+            for uid in self.folder_uids
+        ]
+        return [self.row(endpoint_uid, number, created_ms, author=author, change=change), *mounted]
+
+    def differs(self, current: schema.Revision) -> bool:
+        """Whether its replicas are others than those of a revision that is there."""
+        return self.kernel != current.kernel or any(
+            self.spec[key] != current.spec.get(key) for key in _SHAPES
+        )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Definition files of a model folder, as far as the runtime reads them."""
+
+    definition: model.Definition | None
+    path: str
+    text: str
+    section: service.RuntimeSection
+    ggufs: list[str]
 
 
 async def draft(
@@ -79,72 +116,70 @@ async def draft(
 ) -> Draft:
     """Checks everything and raises InvalidInput with all that is wrong at once (NotFound for the folder)."""
     violations: list[Violation] = []
-
-    def check(violation: Violation | None) -> None:
-        if violation is not None:
-            violations.append(violation)
-
-    check(names.check_id(endpoint_id, names.ENDPOINT_ID, "endpoint_id"))
-    check(check_replica_count(wanted.replica_count))
-    runtime = wanted.runtime or "custom"
-    if runtime not in RUNTIMES:
-        known = ", ".join(f"`{name}`" for name in RUNTIMES)
-        check(Violation("endpoint.runtime", f"unknown runtime `{runtime[:60]}`; known: {known}"))
-    slots = dict(SLOT_DEFAULTS)
-    try:
-        slots |= quantities.parse_slots(wanted.resource_slots, "endpoint.resource_slots")
-    except InvalidInput as error:
-        violations.extend(error.violations)
-    target = _mount_destination(wanted.model_mount_destination, violations)
-    _check_environ(wanted, violations)
-    group = wanted.resource_group or "default"
-    check(names.check_id(group, names.MEMBER_ID, "endpoint.resource_group"))
-    folder = await _model_folder(session, project, wanted.model, violations)
-    parsed: definition.Definition | None = None
-    path, text = wanted.model_definition_path, ""
-    if folder is not None:
-        try:
-            path, text = await _definition_text(folders, folder, wanted.model_definition_path)
-            parsed = definition.parse(text, path)
-        except InvalidInput as error:
-            violations.extend(error.violations)
+    wrong = names.check_id(endpoint_id, names.ENDPOINT_ID, "endpoint_id")
+    violations += [wrong] if wrong is not None else []
+    asked = _checked(wanted, violations)
+    catalogs = Catalogs(session, project, violations)
+    runtime = await catalogs.runtime(asked.runtime)
+    await catalogs.resource_group(asked.resource_group)
+    preset = await catalogs.preset(asked.preset, asked.resource_group)
+    folder = await model_folder(session, project, wanted.model, violations)
+    mounts = await extra_mounts(session, folders, project, wanted, asked, violations)
+    files = None
+    if folder is not None and runtime is not None:
+        known = await catalogs.runtime_names()
+        files = await _read_files(folders, folder, asked, runtime, known, violations)
+    if folder is None or runtime is None or files is None:
+        raise InvalidInput.of(violations)
+    section = files.section
+    image = await catalogs.image(asked, section)
+    slots = _merged_slots(runtime, section, preset, asked)
+    environ = {**runtime.environ, **section.environ, **asked.environ}
+    fields.check_environ(environ, violations)
+    kernel = runtimes.launch(
+        runtime,
+        files.definition.kernel if files.definition is not None else None,
+        asked.service,
+        environ,
+        slots,
+        asked.model_mount_destination,
+        files.ggufs,
+        violations,
+    )
+    needs_image = not runtimes.has_command(kernel.command)
+    _check_image(image, slots, asked.runtime, needs_image, violations)
+    shared_memory = quantities.parse_slot(MEM, asked.shared_memory) // 1000 if asked.shared_memory else 0
+    shared_memory = shared_memory or (preset.shared_memory if preset is not None else 0)
+    if shared_memory * 1000 > slots[MEM]:
+        more = f"{quantities.human_bytes(shared_memory)} is more than the memory of a replica, "
+        more += quantities.human_slot(MEM, slots[MEM])
+        violations.append(Violation("endpoint.shared_memory", more))
     if violations:
         raise InvalidInput.of(violations)
-    assert folder is not None and parsed is not None
-    kernel = fleet_pb2.KernelSpec()
-    kernel.CopyFrom(parsed.kernel)
-    kernel.endpoint, kernel.project = endpoint_id, project.name
-    kernel.model.CopyFrom(fleet_pb2.Mount(folder_uid=folder.uid, folder=folder.name, target=target))
-    for key, value in wanted.environ.items():
-        kernel.environ[key] = value
-    asked = endpoint_pb2.Endpoint(
-        model=folder.name,
-        runtime=runtime,
-        model_mount_destination=target,
-        # As asked for: empty means the default names, which a retry tries again.
-        model_definition_path=wanted.model_definition_path,
-        resource_group=group,
-        resource_slots={
-            slot: quantities.format_slot(slot, slots[slot]) for slot in wanted.resource_slots if slot in slots
-        },
-        environ=wanted.environ,
+    kernel.endpoint, kernel.project, kernel.runtime = endpoint_id, project.name, asked.runtime
+    kernel.model_name = kernel.model_name or folder.name
+    kernel.model.CopyFrom(
+        fleet_pb2.Mount(folder_uid=folder.uid, folder=folder.name, target=asked.model_mount_destination)
     )
-    resolved = endpoint_pb2.Resolved(
-        resource_slots={slot: quantities.format_slot(slot, amount) for slot, amount in slots.items()},
-        environ=wanted.environ,
-    )
+    kernel.extra_mounts.extend(mounts)
+    kernel.shared_memory_bytes = shared_memory
+    kernel.image = image.reference
+    for name, value in environ.items():
+        kernel.environ[name] = value
+    resolved = _resolved(kernel, slots, environ, image, files.path)
     spec = {
-        "asked": json_format.MessageToDict(asked, preserving_proto_field_name=True),
+        "asked": json_format.MessageToDict(_shaping(asked), preserving_proto_field_name=True),
         "resolved": json_format.MessageToDict(resolved, preserving_proto_field_name=True),
         "folder": folder.name,
-        "resource_group": group,
+        "resource_group": asked.resource_group,
         "slots": slots,
-        "cluster_mode": "SINGLE_NODE",
-        "cluster_size": 1,
-        "architecture": "",
-        "needs_image": False,
+        "cluster_mode": endpoint_pb2.ClusterMode.Name(asked.cluster_mode).removeprefix("CLUSTER_MODE_"),
+        "cluster_size": asked.cluster_size,
+        "architecture": image.architecture,
+        "needs_image": needs_image,
     }
-    return Draft(folder.uid, spec, text, kernel.SerializeToString(deterministic=True))
+    uids = tuple(dict.fromkeys([folder.uid, *(mount.folder_uid for mount in mounts)]))
+    return Draft(asked, uids, spec, files.text, kernel.SerializeToString(deterministic=True))
 
 
 async def redraft(
@@ -154,88 +189,180 @@ async def redraft(
     row: schema.Endpoint,
     current: schema.Revision,
 ) -> Draft:
-    """The same request with the definition file as it is now."""
-    wanted = json_format.ParseDict(current.spec["asked"], endpoint_pb2.Endpoint())
-    wanted.replica_count = row.replica_count
-    return await draft(session, folders, project, wanted, row.name)
+    """The same request with everything that it refers to as it is now: files, preset, image, runtime."""
+    return await draft(session, folders, project, asked(row, current), row.name)
 
 
-def check_replica_count(count: int) -> Violation | None:
-    if 0 <= count <= REPLICAS_MAX:
-        return None
-    return Violation("endpoint.replica_count", f"found {count}, expected 0 to {REPLICAS_MAX}")
+def policy_dict(endpoint: endpoint_pb2.Endpoint) -> dict[str, Any]:
+    """The rollout policy as it is stored with an endpoint."""
+    return json_format.MessageToDict(endpoint.rollout_policy, preserving_proto_field_name=True)
 
 
-def _mount_destination(asked: str, violations: list[Violation]) -> str:
-    target = asked or MOUNT_DESTINATION
-    field = "endpoint.model_mount_destination"
-    if not target.startswith("/") or re.search(r"[\x00-\x1f:]", target) or ".." in target.split("/"):
-        violations.append(Violation(field, f"`{target[:120]}` is not an absolute path without `..`"))
-        return target
-    target = posixpath.normpath(target).replace("//", "/")
-    covered = [path for path in _NOT_MOUNTABLE if path == target or path.startswith(target.rstrip("/") + "/")]
-    if covered or target.startswith(("/proc/", "/sys/", "/dev/")):
-        violations.append(Violation(field, f"`{target}` would cover a folder of the system; choose another"))
-    return target
+def asked(row: schema.Endpoint, revision: schema.Revision) -> endpoint_pb2.Endpoint:
+    """What the user asked for so far: fields 10 to 28, the model by its bare name."""
+    wanted = json_format.ParseDict(revision.spec["asked"], endpoint_pb2.Endpoint())
+    wanted.replica_count, wanted.open_to_public = row.replica_count, row.open_to_public
+    wanted.priority = row.priority
+    json_format.ParseDict(row.rollout_policy, wanted.rollout_policy)
+    return changes.canonical(wanted)
 
 
-def _check_environ(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> None:
-    environ = wanted.environ
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in environ.items())
-    if len(environ) > ENVIRON_MAX or size > ENVIRON_BYTES_MAX:
-        limit = f"at most {ENVIRON_MAX} variables of {ENVIRON_BYTES_MAX} bytes in all"
-        violations.append(Violation("endpoint.environ", limit))
-    for key, value in environ.items():
-        field = f"endpoint.environ[{key[:60]}]"
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            violations.append(Violation(field, "a name has letters, digits and `_` and begins with no digit"))
-        elif key == "PORT" or key.startswith("DURE_"):
-            violations.append(Violation(field, "is set by Dure itself; choose another name"))
-        elif "\0" in value:
-            violations.append(Violation(field, "must not contain a NUL character"))
+def checked(wanted: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
+    """What the request alone says, canonical, for changes that no replica is shaped by: reads no files.
+
+    Raises InvalidInput with all that is wrong.
+    """
+    violations: list[Violation] = []
+    asked = _checked(wanted, violations)
+    if violations:
+        raise InvalidInput.of(violations)
+    return asked
 
 
-async def _model_folder(
-    session: AsyncSession, project: schema.Project, model: str, violations: list[Violation]
-) -> schema.Folder | None:
-    if not model:
-        violations.append(Violation("endpoint.model", "a model folder is required"))
-        return None
-    name = model if "/" in model else names.folder(project.name, model)
+async def check_folders(session: AsyncSession, draft: Draft) -> None:
+    """For the writing transaction: files are read before it. Raises NotFound if a folder went meanwhile."""
+    query = select(schema.Folder.uid).where(schema.Folder.uid.in_(draft.folder_uids))
+    if len(set(await session.scalars(query))) != len(draft.folder_uids):
+        raise errors.NotFound("a folder of the endpoint was deleted just now", reason="FOLDER_NOT_FOUND")
+
+
+def _checked(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> endpoint_pb2.Endpoint:
+    """What the request alone says, canonical: defaults filled in, amounts exact."""
+    wrong = check_replica_count(wanted.replica_count)
+    violations += [wrong] if wrong is not None else []
+    asked = changes.canonical(wanted)
+    asked.cluster_mode, asked.cluster_size = fields.cluster(wanted, violations)
+    asked.priority = fields.priority(wanted, violations)
+    fields.image(wanted, violations)
+    violations += runtimes.check_override(wanted.service)
+    fields.check_environ(wanted.environ, violations)
+    wrong = names.check_id(asked.resource_group, names.MEMBER_ID, "endpoint.resource_group")
+    violations += [wrong] if wrong is not None else []
+    slots = fields.slots(wanted.resource_slots, violations)
+    asked.resource_slots.clear()
+    asked.resource_slots.update({slot: quantities.format_slot(slot, slots[slot]) for slot in slots})
+    size_bytes = fields.shared_memory(wanted.shared_memory, violations)
+    asked.shared_memory = str(size_bytes) if size_bytes else ""
+    at = "endpoint.model_mount_destination"
+    asked.model_mount_destination = fields.mount_target(asked.model_mount_destination, at, violations)
+    asked.rollout_policy.CopyFrom(fields.rollout_policy(wanted.rollout_policy, violations))
+    return asked
+
+
+async def _read_files(
+    folders: Folders,
+    folder: schema.Folder,
+    asked: endpoint_pb2.Endpoint,
+    runtime: catalog_pb2.Runtime,
+    known: list[str],
+    violations: list[Violation],
+) -> _Files | None:
+    """The model definition if the runtime reads one, the service definition if there is one."""
+    path = asked.model_definition_path
     try:
-        _, folder = await scope.folder(session, name, "endpoint.model")
-    except errors.NotFound as error:
-        if violations:
-            violations.append(Violation("endpoint.model", error.message))
-            return None
-        raise
+        report = await check_folder(folders, folder, known, path)
     except InvalidInput as error:
-        violations.extend(error.violations)
+        for wrong in error.violations:
+            field = f"endpoint.{wrong.field}" if wrong.field == "model_definition_path" else wrong.field
+            violations.append(Violation(field, wrong.description))
         return None
-    if folder.project_uid != project.uid:
-        violations.append(Violation("endpoint.model", "the folder belongs to another project"))
-    elif folder.usage != "MODEL":
-        found = f"folder `{folder.name}` has usage {folder.usage.lower()}; a model folder is needed"
-        violations.append(Violation("endpoint.model", found))
-    else:
-        return folder
-    return None
+    reads = runtime.reads_model_definition
+    problems = [p for p in report.problems if reads or p.file == service.SERVICE_FILE]
+    violations.extend(_uploadable(problem, folder.name) for problem in problems)
+    ggufs = await _ggufs(folders, folder) if _wants_gguf(runtime, asked) else []
+    if problems:
+        return None
+    section = (report.service or {}).get(asked.runtime, service.RuntimeSection())
+    definition = report.definition if reads else None
+    read = report.files[0] if definition is not None else ""
+    return _Files(definition, read, report.text if reads else "", section, ggufs)
 
 
-async def _definition_text(folders: Folders, folder: schema.Folder, asked: str) -> tuple[str, str]:
-    """Path and text of the definition file: the one asked for, else the default names in order."""
-    if asked:
-        check_path(asked)
-    for path in [asked] if asked else list(definition.DEFAULT_NAMES):
-        text = await folders.read_text(folder.uid, path, definition.DEFINITION_BYTES_MAX)
-        if text is not None:
-            return path, text
-    wanted = f"`{asked}`" if asked else " or ".join(f"`{name}`" for name in definition.DEFAULT_NAMES)
-    raise InvalidInput.of(
-        [
-            Violation(
-                asked or definition.DEFAULT_NAMES[0],
-                f"folder `{folder.name}` has no {wanted}; upload it: dure folder upload {folder.name} FILE",
-            )
-        ]
+def _uploadable(problem: Problem, folder: str) -> Violation:
+    """A file that is missing: what to do is to upload it."""
+    if problem.line:
+        return problem.violation
+    return Violation(
+        problem.place, f"folder `{folder}`: {problem.message}; upload it: dure folder upload {folder} FILE"
     )
+
+
+def _wants_gguf(runtime: catalog_pb2.Runtime, asked: endpoint_pb2.Endpoint) -> bool:
+    commands = (runtime.start_command, asked.service.start_command)
+    return any(runtimes.FIRST_GGUF in word for start in commands for word in (*start.args, start.line))
+
+
+async def _ggufs(folders: Folders, folder: schema.Folder) -> list[str]:
+    """By name, those at the top first."""
+    found = [facts.path for facts in await folders.files(folder.uid) if facts.path.lower().endswith(".gguf")]
+    return sorted(found, key=lambda path: (path.count("/"), path))
+
+
+def _merged_slots(
+    runtime: catalog_pb2.Runtime,
+    section: service.RuntimeSection,
+    preset: schema.Preset | None,
+    asked: endpoint_pb2.Endpoint,
+) -> dict[str, int]:
+    """Slots of each kernel. Who asks for one kind of GPU slot drops the other kind of those below."""
+    slots = dict(SLOT_DEFAULTS)
+    layers: list[Mapping[str, int]] = [
+        quantities.parse_slots(runtime.resource_slots, "runtime.resource_slots"),
+        section.slots,
+        preset.slots if preset is not None else {},
+        quantities.parse_slots(asked.resource_slots, "endpoint.resource_slots"),
+    ]
+    for layer in layers:
+        for slot, other in ((SHARES, DEVICES), (DEVICES, SHARES)):
+            if slot in layer:
+                slots.pop(other, None)
+        slots.update(layer)
+    return slots
+
+
+def _check_image(
+    image: Image,
+    slots: Mapping[str, int],
+    runtime: str,
+    needs_image: bool,
+    violations: list[Violation],
+) -> None:
+    if needs_image and not image.reference:
+        what = f"is required: the runtime `{runtime}` runs its image's own command"
+        violations.append(Violation("endpoint.image", what))
+    if image.runtimes and runtime not in image.runtimes:
+        made_for = ", ".join(f"`{name}`" for name in image.runtimes)
+        what = f"image `{image.name}` is made for {made_for}, not for the runtime `{runtime}`"
+        violations.append(Violation("endpoint.image", what))
+    for slot, least in image.min_slots.items():
+        if slots.get(slot, 0) < least:
+            got = quantities.human_slot(slot, slots[slot]) if slot in slots else "nothing"
+            what = f"image `{image.name}` needs {quantities.human_slot(slot, least)} or more, found {got}"
+            violations.append(Violation(f"endpoint.resource_slots[{slot}]", what))
+
+
+def _resolved(
+    kernel: fleet_pb2.KernelSpec,
+    slots: Mapping[str, int],
+    environ: Mapping[str, str],
+    image: Image,
+    definition_path: str,
+) -> endpoint_pb2.Resolved:
+    return endpoint_pb2.Resolved(
+        resource_slots={slot: quantities.format_slot(slot, amount) for slot, amount in slots.items()},
+        environ=environ,
+        image=image.reference,
+        architecture=image.architecture,
+        start_command=runtimes.shown_command(kernel.command),
+        port=kernel.port,
+        health_check_path=kernel.health_check.path,
+        model_definition_path=definition_path,
+    )
+
+
+def _shaping(asked: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
+    shaping = endpoint_pb2.Endpoint()
+    shaping.CopyFrom(asked)
+    for name in _UNSHAPED:
+        shaping.ClearField(name)  # type: ignore[arg-type]
+    return shaping

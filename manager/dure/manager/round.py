@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dure.fleet.v1 import fleet_pb2
+from dure.manager import placing, rollout, routes, schema, views
 from dure.manager import replicas as decisions
-from dure.manager import routes, schema, views
 from dure.manager.addresses import release_address
 from dure.manager.fleet import Fleet
 from dure.manager.hub import Hub
 from dure.manager.model import (
     ENDED,
     EndpointStatus,
-    KernelHealth,
     KernelPhase,
     ReplicaStatus,
     ReplicaView,
+    RolloutState,
     Surroundings,
 )
-from dure.manager.placement import Node, Placed, Request, place
+from dure.manager.placement import Node, Placed, fuller, place
 from dure.manager.store import Tx, new_uid, now_ms
 from dure.routing.v1 import routing_pb2
 
 ERRORS_KEPT = 10
+CLOCK_SKEW_MAX_MS = 5 * 60 * 1000
 
 
 class Round:
@@ -49,6 +46,7 @@ class Round:
         self.rows = {row.uid: row for row in rows}
         agents = {kernel.agent_uid for kernels in self.kernels.values() for kernel in kernels}
         agent_names = await views.agent_names(session, agents)
+        self.emptying = await views.draining_agents(session, agents)
         self.shown = [views.replica_view(row, self.kernels.get(row.uid, ()), agent_names) for row in rows]
         self.route = await current_route(session, self.row, self.shown)
 
@@ -65,8 +63,9 @@ class Round:
             now_ms=now_ms(),
             lost_ms=self.fleet.away_ms(),
             given_up=given_up,
-            drained=self.hub.drained(self.row.proxy_group),
-            published=self.hub.published(self.route, self.row.proxy_group),
+            emptying=self.emptying,
+            drained=frozenset(self.rows) if self.row.validation else self.hub.drained(self.row.proxy_group),
+            published=self.row.validation or self.hub.published(self.route, self.row.proxy_group),
             lingering=lingering,
         )
         return decisions.reconcile(views.endpoint_view(self.row), self.shown, around)
@@ -77,8 +76,10 @@ class Round:
         for uid in plan.stop:
             self._stop_kernels(uid)
         self._count_failures(plan)
-        for _ in range(plan.create):
-            self._create()
+        await self._roll(plan)
+        for revision, count in plan.create.items():
+            for _ in range(count):
+                self._create(revision)
         if not self.row.deleting:
             await self._place()
         if plan.gone:
@@ -127,12 +128,56 @@ class Round:
             row.errors, row.failures, row.failed_ms, row.blocked = after
             self._mark()
 
-    def _create(self) -> None:
+    async def _roll(self, plan: decisions.Plan) -> None:
+        """Keeps where the rollout stands, or gives it up for the stable revision."""
+        row = self.row
+        if plan.rollback:
+            revision = await self.tx.session.get_one(schema.Revision, (row.uid, row.revision))
+            revision.failed = plan.rollback[:4000]
+            sentence = (
+                f"the rollout of revision {row.revision} failed, revision {row.stable_revision} stays: "
+                f"{plan.rollback}"
+            )
+            self.tx.event(row.uid, "ROLLOUT_FAILED", sentence, warning=True)
+            row.revision, row.failures, row.failed_ms, row.errors = (
+                row.stable_revision,
+                0,
+                0,
+                [sentence[:4000]],
+            )
+            row.etag = new_uid()
+        after = (rollout.store_state(plan.rollout), plan.stable)
+        before = (row.rollout, row.stable_revision)
+        if before == after and not plan.rollback:
+            return
+        if plan.stable != row.stable_revision:
+            sentence = f"all {row.desired_replicas} replica(s) of revision {plan.stable} are healthy"
+            self.tx.event(row.uid, "ROLLOUT_FINISHED", sentence)
+        elif plan.rollout is not None:
+            self._tell_of_rollout(rollout.load_state(row.rollout), plan.rollout)
+        row.rollout, row.stable_revision = after
+        self._mark()
+
+    def _tell_of_rollout(self, before: RolloutState | None, after: RolloutState) -> None:
+        policy = views.endpoint_view(self.row).policy
+        number = after.revision
+        if before is None or before.revision != number:
+            sentence = f"revision {number} is rolled out, {policy.strategy.value.lower().replace('_', '-')}"
+            self.tx.event(self.row.uid, "ROLLOUT_STARTED", sentence)
+        elif after.paused and not before.paused:
+            sentence = f"the rollout of revision {number} is paused: {after.reason}"
+            self.tx.event(self.row.uid, "ROLLOUT_PAUSED", sentence, warning=True)
+        elif (after.step, after.full) != (before.step, before.full):
+            step = rollout.canary_step(after, policy)
+            where = f"takes step {step}" if step else "takes all requests step by step"
+            self.tx.event(self.row.uid, "ROLLOUT_STEP", f"revision {number} {where}")
+
+    def _create(self, revision: int) -> None:
         now = now_ms()
         row = schema.Replica(
             uid=new_uid(),
             endpoint_uid=self.row.uid,
-            revision=self.row.revision,
+            revision=revision,
             session_uid=new_uid(),
             status=ReplicaStatus.PENDING.value,
             reason="",
@@ -154,26 +199,29 @@ class Round:
             return
         session = self.tx.session
         await session.flush()
-        peers: dict[str, int] = {}
-        for uid, kernels in self.kernels.items():
-            if uid in self.rows and self.rows[uid].ended_ms is None:
-                peers[kernels[0].agent_uid] = peers.get(kernels[0].agent_uid, 0) + 1
+        peers = placing.peers(
+            kernel
+            for uid, kernels in self.kernels.items()
+            if uid in self.rows and self.rows[uid].ended_ms is None
+            for kernel in kernels
+        )
         nodes: dict[str, list[Node]] = {}
         refused: dict[int, str] = {}
         for row in waiting:
             # A second replica of a revision that found no place would hear the same.
             if row.revision not in refused:
-                spec, fixed_port = await self._spec(row.revision)
-                group = spec["resource_group"]
+                revision = await session.get_one(schema.Revision, (self.row.uid, row.revision))
+                request = await placing.request(session, revision, peers, row.uid)
+                group = request.resource_group
                 if group not in nodes:
                     nodes[group] = await views.nodes(session, group, self.fleet.statuses())
-                request = Request(spec["slots"], group, fixed_port, peers)
                 placed = place(request, nodes[group])
                 if isinstance(placed, Placed):
                     self._grant(row, placed)
-                    peers[placed.node.uid] = peers.get(placed.node.uid, 0) + 1
-                    fuller = replace(placed.node, grants=(*placed.node.grants, placed.grant))
-                    nodes[group] = [fuller if node.uid == fuller.uid else node for node in nodes[group]]
+                    main = placed.kernels[0].node.uid
+                    peers[main] = peers.get(main, 0) + 1
+                    for kernel in placed.kernels:
+                        nodes[group] = [fuller(node, kernel.grant) for node in nodes[group]]
                     continue
                 refused[row.revision] = placed.sentence(request)
             self.pending = True
@@ -183,34 +231,15 @@ class Round:
                 if row is waiting[0]:
                     self.tx.event(self.row.uid, "REPLICA_PENDING", row.reason, replica=row.uid)
 
-    async def _spec(self, number: int) -> tuple[dict[str, Any], int]:
-        revision = await self.tx.session.get_one(schema.Revision, (self.row.uid, number))
-        template = fleet_pb2.KernelSpec.FromString(revision.kernel)
-        return revision.spec, template.port if template.fixed_port else 0
-
     def _grant(self, row: schema.Replica, placed: Placed) -> None:
-        grant = placed.grant
-        kernel = schema.Kernel(
-            uid=new_uid(),
-            replica_uid=row.uid,
-            endpoint_uid=self.row.uid,
-            session_uid=row.session_uid,
-            agent_uid=grant.agent_uid,
-            role="main",
-            index=1,
-            generation=1,
-            wanted=True,
-            slots=dict(grant.slots),
-            devices=[{"device": d.device, "slot": d.slot, "amount": d.amount} for d in grant.devices],
-            fixed_port=grant.fixed_port,
-            phase=KernelPhase.ASSIGNED.value,
-            health=KernelHealth.UNKNOWN.value,
-            status=b"",
-        )
-        self.tx.session.add(kernel)
+        kernels = placing.kernels(row, placed)
+        if len(kernels) > 1:
+            row.ssh_key = placing.new_ssh_key()
+        self.tx.session.add_all(kernels)
+        for kernel in kernels:
+            self.tx.touch("agent", kernel.agent_uid)
         row.status, row.reason, row.since_ms = ReplicaStatus.STARTING.value, "", now_ms()
-        self.tx.touch("agent", grant.agent_uid)
-        sentence = f"replica {row.uid[-6:]} starts on {placed.node.name}"
+        sentence = f"replica {row.uid[-6:]} starts on {placed.nodes}"
         self.tx.event(self.row.uid, "REPLICA_PLACED", sentence, replica=row.uid)
         self._mark()
 
@@ -235,7 +264,8 @@ async def current_route(
         select(schema.Token.uid).where(
             schema.Token.endpoint_uid == row.uid,
             schema.Token.revoked_ms.is_not(None),
-            schema.Token.expires_s * 1000 > now_ms(),
+            # A proxy whose clock is behind must not take it for a good one in its last minutes.
+            schema.Token.expires_s * 1000 > now_ms() - CLOCK_SKEW_MAX_MS,
         )
     )
     return routes.route(
@@ -247,5 +277,6 @@ async def current_route(
         open_to_public=row.open_to_public,
         status=EndpointStatus(row.status),
         replicas=shown,
+        pools=decisions.traffic(views.endpoint_view(row), shown),
         revoked_tokens=list(revoked),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dure.manager.model import EndpointStatus, KernelView, ReplicaView
 from dure.manager.replicas import in_route
@@ -26,6 +26,7 @@ def route(
     open_to_public: bool,
     status: EndpointStatus,
     replicas: Sequence[ReplicaView],
+    pools: Mapping[int, int],
     revoked_tokens: Sequence[str],
 ) -> routing_pb2.Route:
     """Equal inputs give equal messages, so that an unchanged route is not published again."""
@@ -43,8 +44,15 @@ def route(
         if kernel is None or not (in_route(replica) or replica.draining):
             continue
         result.targets.add(
-            replica_uid=replica.uid, host=kernel.host, port=kernel.port, weight=1, draining=replica.draining
+            replica_uid=replica.uid,
+            host=kernel.host,
+            port=kernel.port,
+            weight=1,
+            draining=replica.draining,
+            revision=replica.revision,
         )
+    for revision, weight in sorted(pools.items()):
+        result.pools.add(revision=revision, weight=weight)
     if not any(not target.draining for target in result.targets):
         result.unavailability = _UNAVAILABLE.get(status, routing_pb2.UNAVAILABILITY_STARTING)
         # Only what its callers may see: nodes and log lines are for the owner.

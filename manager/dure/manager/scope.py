@@ -1,4 +1,7 @@
-"""From resource names to living rows, and pages of them."""
+"""From resource names to living rows, and pages of them.
+
+Whoever turns a name into a row comes by here, so here it is asked whether the caller may: see `auth.enter`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dure.manager import schema
+from dure.manager import auth, schema
 from dure.wire import errors, names
 from dure.wire.errors import Violation
 
@@ -17,24 +20,37 @@ PAGE_DEFAULT, PAGE_MAX = 100, 1000
 
 
 async def project(session: AsyncSession, name: str, field: str = "parent") -> schema.Project:
-    """Raises NotFound."""
+    """Raises PermissionDenied, and NotFound to who may know."""
     (project_id,) = names.parse(name, "projects/{}", field)
-    return await _project(session, project_id)
+    return await _project(session, project_id, name)
 
 
-async def _project(session: AsyncSession, project_id: str) -> schema.Project:
+async def _project(session: AsyncSession, project_id: str, name: str) -> schema.Project:
     row = await session.scalar(select(schema.Project).where(schema.Project.name == project_id))
+    auth.enter(row.uid if row is not None else None, project_id, name)
     if row is None:
-        raise errors.NotFound(f"no project `{project_id}`", reason="PROJECT_NOT_FOUND")
+        raise errors.NotFound(
+            f"no project `{project_id}`; `dure project list` shows all", reason="PROJECT_NOT_FOUND"
+        )
+    return row
+
+
+async def user(session: AsyncSession, name: str, field: str = "name") -> schema.User:
+    """Raises PermissionDenied, and NotFound to who may know."""
+    (user_id,) = names.parse(name, "users/{}", field)
+    row = await session.scalar(select(schema.User).where(schema.User.name == user_id))
+    auth.enter_user(row.uid if row is not None else None, user_id)
+    if row is None:
+        raise errors.NotFound(f"no user `{user_id}`; `dure user list` shows all", reason="USER_NOT_FOUND")
     return row
 
 
 async def endpoint(
     session: AsyncSession, name: str, field: str = "name"
 ) -> tuple[schema.Project, schema.Endpoint]:
-    """Raises NotFound."""
+    """Raises PermissionDenied and NotFound."""
     project_id, endpoint_id = names.parse(name, "projects/{}/endpoints/{}", field)
-    owner = await _project(session, project_id)
+    owner = await _project(session, project_id, name)
     row = await session.scalar(
         select(schema.Endpoint).where(
             schema.Endpoint.project_uid == owner.uid, schema.Endpoint.living_name == endpoint_id
@@ -50,9 +66,9 @@ async def endpoint(
 async def folder(
     session: AsyncSession, name: str, field: str = "name"
 ) -> tuple[schema.Project, schema.Folder]:
-    """Raises NotFound."""
+    """Raises PermissionDenied and NotFound."""
     project_id, folder_id = names.parse(name, "projects/{}/folders/{}", field)
-    owner = await _project(session, project_id)
+    owner = await _project(session, project_id, name)
     row = await session.scalar(
         select(schema.Folder).where(schema.Folder.project_uid == owner.uid, schema.Folder.name == folder_id)
     )

@@ -8,7 +8,7 @@ import grpc.aio
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dure.manager import messages, schema, scope
+from dure.manager import auth, messages, schema, scope
 from dure.manager.keys import SigningKeys
 from dure.manager.store import Store, new_uid, now_ms
 from dure.v1 import token_pb2, token_pb2_grpc
@@ -70,6 +70,7 @@ class TokenApi(token_pb2_grpc.TokenServiceServicer):
             )
             tx.session.add(row)
             label = f" `{row.label}`" if row.label else ""
+            auth.note(f"token{label} {row.uid[-6:]}")
             tx.event(endpoint.uid, "TOKEN_CREATED", f"token{label} {row.uid[-6:]} was issued")
         return token_pb2.CreateTokenResponse(token=self._shown(row, project, endpoint, secret=True))
 

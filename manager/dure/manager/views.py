@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.fleet.v1 import fleet_pb2
-from dure.manager import schema
+from dure.manager import rollout, schema
 from dure.manager.model import (
     AgentStatus,
     DeviceShare,
@@ -30,6 +30,9 @@ def endpoint_view(row: schema.Endpoint) -> EndpointView:
         name=row.name,
         desired=row.desired_replicas,
         revision=row.revision,
+        stable=row.stable_revision,
+        policy=rollout.load_policy(row.rollout_policy),
+        rollout=rollout.load_state(row.rollout),
         deleting=row.deleting,
         blocked=row.blocked,
         errors=tuple(row.errors),
@@ -77,7 +80,7 @@ def replica_view(
 
 def grant(row: schema.Kernel) -> Grant:
     devices = tuple(DeviceShare(share["device"], share["slot"], share["amount"]) for share in row.devices)
-    return Grant(row.agent_uid, row.slots, devices, row.fixed_port)
+    return Grant(row.agent_uid, row.slots, devices, row.fixed_port, row.rendezvous_port)
 
 
 def node(
@@ -95,8 +98,11 @@ def node(
         ],
         grants=[grant(kernel) for kernel in kernels],
         host_id=hello.host_id,
-        available=status is AgentStatus.ALIVE,
-        unavailable_reason=f"the agent is {status.value}",
+        available=status is AgentStatus.ALIVE and not row.draining,
+        unavailable_reason="the agent is being drained" if row.draining else f"the agent is {status.value}",
+        architecture=hello.architecture,
+        runs_images=hello.runs_images,
+        maps_mounts=hello.maps_mounts,
     )
 
 
@@ -106,6 +112,14 @@ async def agent_names(session: AsyncSession, uids: Iterable[str]) -> dict[str, s
         select(schema.Agent.uid, schema.Agent.name).where(schema.Agent.uid.in_(wanted))
     )
     return {row.uid: row.name for row in rows}
+
+
+async def draining_agents(session: AsyncSession, uids: Iterable[str]) -> frozenset[str]:
+    """Those of the agents that shall be left."""
+    rows = await session.scalars(
+        select(schema.Agent.uid).where(schema.Agent.uid.in_(list(uids)), schema.Agent.draining)
+    )
+    return frozenset(rows)
 
 
 async def living(

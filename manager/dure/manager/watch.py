@@ -92,7 +92,11 @@ class Watcher:
             return list(
                 await session.scalars(
                     select(schema.Endpoint.uid)
-                    .where(schema.Endpoint.project_uid == project.uid, schema.Endpoint.deleted_ms.is_(None))
+                    .where(
+                        schema.Endpoint.project_uid == project.uid,
+                        schema.Endpoint.deleted_ms.is_(None),
+                        schema.Endpoint.validation.is_(False),
+                    )
                     .order_by(schema.Endpoint.living_name)
                 )
             )
@@ -112,7 +116,7 @@ class Watcher:
         async with self._store.read() as session:
             for uid in uids:
                 row = await session.get(schema.Endpoint, uid)
-                if row is None or row.project_uid != project.uid:
+                if row is None or row.project_uid != project.uid or row.validation:
                     continue
                 if row.deleted_ms is not None:
                     batch.removed.append(names.endpoint(project.name, row.name))

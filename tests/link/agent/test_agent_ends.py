@@ -83,7 +83,7 @@ def test_a_flood_of_logs_neither_blocks_nor_fills_the_disk(tmp_path: Path) -> No
             assert status.exit.log_tail.endswith("done\n")
             assert 1000 < len(status.exit.log_tail.encode()) <= 4096
             size = sum(path.stat().st_size for path in agent.kernel_folder("k1").glob("log*"))
-            assert size <= 8 * 1024 * 1024
+            assert size <= 17 * 1024 * 1024
 
     asyncio.run(run())
 
@@ -180,7 +180,8 @@ def test_a_failing_action_stops_the_start(tmp_path: Path) -> None:
             assert status.exit.reason == "ACTION_FAILED"
             assert "pre-start action 1 (run_command) failed" in status.exit.message
             assert "exited with code 9: why" in status.exit.message
-            assert "why" in status.exit.log_tail
+            # The message says it; the log's end does not say it again.
+            assert status.exit.log_tail == "one\n"
             status = await manager.exited("k2")
             assert "read-only" in status.exit.message and "/home/work" in status.exit.message
             assert not (tmp_path / "started").exists()

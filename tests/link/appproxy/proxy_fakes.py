@@ -201,9 +201,14 @@ def route(uid: str, port: int, *targets: pb.Target | int, public: bool = True, *
     )
 
 
-def target(port: int, *, draining: bool = False, weight: int = 1) -> pb.Target:
+def target(port: int, *, draining: bool = False, weight: int = 1, revision: int = 0) -> pb.Target:
     return pb.Target(
-        replica_uid=f"replica-{port}", host="127.0.0.1", port=port, weight=weight, draining=draining
+        replica_uid=f"replica-{port}",
+        host="127.0.0.1",
+        port=port,
+        weight=weight,
+        draining=draining,
+        revision=revision,
     )
 
 

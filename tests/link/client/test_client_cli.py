@@ -4,96 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from link.client.fake_manager import FakeManager, fake_manager, until, write_context
+from link.client.dure_program import CREATE, Dure, finish, with_cli
+from link.client.fake_manager import FakeManager, until
 
 from dure.client.context import Context, load_context, save_context
 from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2
-
-CREATE = [
-    "endpoint",
-    "create",
-    "chat",
-    "--model",
-    "m",
-    "-r",
-    "cpu=1",
-    "-r",
-    "mem=1g",
-    "-r",
-    "cuda.shares=0.25",
-]
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, object]:
-        document = json.loads(self.out)
-        assert isinstance(document, dict)
-        return document
-
-
-class Dure:
-    """Runs `dure` as a subprocess with a context of its own."""
-
-    def __init__(self, context: Path, folder: Path) -> None:
-        self.folder = folder
-        self.environ = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(folder),
-            "DURE_CONTEXT_FILE": str(context),
-        }
-
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "dure.client.cli.main", *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=self.environ,
-            cwd=self.folder,
-        )
-
-    async def __call__(self, *arguments: str) -> Ran:
-        return await finish(await self.start(*arguments))
-
-    async def ok(self, *arguments: str) -> Ran:
-        ran = await self(*arguments)
-        assert ran.code == 0, ran
-        assert "\x1b" not in ran.out + ran.err
-        return ran
-
-
-async def finish(process: asyncio.subprocess.Process) -> Ran:
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    text = err.decode()
-    assert "Traceback" not in text, text
-    return Ran(process.returncode, out.decode(), text)
-
-
-Body = Callable[[FakeManager, Dure], Awaitable[None]]
-
-
-def with_cli(tmp_path: Path, body: Body) -> None:
-    async def run() -> None:
-        async with asyncio.timeout(40), fake_manager() as fake:
-            await body(fake, Dure(write_context(fake, tmp_path), tmp_path))
-
-    asyncio.run(run())
 
 
 def test_a_life_of_an_endpoint(tmp_path: Path) -> None:
@@ -153,8 +73,8 @@ def test_tables_and_documents(tmp_path: Path) -> None:
             endpoint_pb2.Event(reason="REPLICA_FAILED", message="exit code 3", warning=True)
         ]
         table = (await dure.ok("endpoint", "list")).out.splitlines()
-        assert table[0].split() == ["NAME", "STATUS", "READY", "REV", "ADDRESS", "AGE", "REASON"]
-        assert table[1].split()[:5] == ["chat", "DEGRADED", "1/2", "1", "http://127.0.0.1:7100"]
+        assert table[0].split() == ["NAME", "STATUS", "READY", "REV", "SHARES", "ADDRESS", "AGE", "REASON"]
+        assert table[1].split()[:6] == ["chat", "DEGRADED", "1/2", "1", "0.25", "http://127.0.0.1:7100"]
         assert table[1].endswith("one of ?[31mtwo")
         assert table[0].index("STATUS") == table[1].index("DEGRADED")
         assert list((await dure.ok("endpoint", "list", "-o", "json")).json) == ["endpoints"]

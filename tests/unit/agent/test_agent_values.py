@@ -9,7 +9,6 @@ from dure.agent.accelerators import device
 from dure.agent.backends import outcome
 from dure.agent.folders import content_digest
 from dure.agent.link import REPORT_BYTES_MAX, reports
-from dure.agent.shim.files import RotatedLog
 from dure.agent.shim.templates import fill
 from dure.fleet.v1 import fleet_pb2
 
@@ -87,16 +86,6 @@ def test_outcomes() -> None:
     assert outcome.read({**base, "code": 1, "oom": True}).reason == "OOM"
     assert outcome.read({**base, "stage": "setup", "code": 127, "message": "no"}).reason == "START_FAILED"
     assert outcome.read({**base, "stage": "action", "code": 127, "message": "no"}).reason == "ACTION_FAILED"
-
-
-def test_the_log_keeps_the_newest(tmp_path: Path) -> None:
-    log = RotatedLog(str(tmp_path / "log"), 1000)
-    for number in range(500):
-        log.write(f"line {number}\n".encode())
-    assert (tmp_path / "log").stat().st_size <= 1000 and (tmp_path / "log.1").stat().st_size <= 1000
-    tail = outcome.log_tail(tmp_path, 100)
-    assert tail.endswith("line 498\nline 499\n") and tail.startswith("line ")
-    assert len(tail) <= 100
 
 
 def test_a_tail_of_bytes_that_are_no_text_stays_bounded(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dure.appproxy.balance import EJECTION_MAX_S, Balancer, NoReplica, Replica
-from dure.appproxy.table import Target
+from dure.appproxy.table import Target, TrafficPool
 
 
 def _balancer(*targets: Target, most: int = 100) -> Balancer:
@@ -16,8 +16,8 @@ def _balancer(*targets: Target, most: int = 100) -> Balancer:
     return balancer
 
 
-def _take(balancer: Balancer, now_s: float = 0, tie: int = 0, tried: tuple[str, ...] = ()) -> Replica:
-    replica = balancer.choose(now_s, tie, tried)
+def _take(balancer: Balancer, now_s: float = 0, tried: tuple[str, ...] = ()) -> Replica:
+    replica = balancer.choose(now_s, tried)
     assert isinstance(replica, Replica)
     balancer.acquire(replica)
     return replica
@@ -26,16 +26,16 @@ def _take(balancer: Balancer, now_s: float = 0, tie: int = 0, tried: tuple[str, 
 def test_load_follows_weights() -> None:
     balancer = _balancer(Target("a", "h", 1, weight=3), Target("b", "h", 2, weight=1))
     counts = {"a": 0, "b": 0}
-    for tie in range(40):
-        counts[_take(balancer, tie=tie).target.replica_uid] += 1
+    for _ in range(40):
+        counts[_take(balancer).target.replica_uid] += 1
     assert counts == {"a": 30, "b": 10}
 
 
 def test_ties_go_round() -> None:
     balancer = _balancer(*(Target(uid, "h", 1) for uid in "abc"))
     chosen = []
-    for tie in range(6):
-        replica = _take(balancer, tie=tie)
+    for _ in range(6):
+        replica = _take(balancer)
         chosen.append(replica.target.replica_uid)
         balancer.release(replica)
     assert chosen == list("abcabc")
@@ -44,12 +44,12 @@ def test_ties_go_round() -> None:
 def test_tried_draining_and_busy_ones_are_left_out() -> None:
     balancer = _balancer(Target("a", "h", 1), Target("b", "h", 2), Target("c", "h", 3, draining=True), most=1)
     assert _take(balancer, tried=("a",)).target.replica_uid == "b"
-    assert balancer.choose(0, 0, ("a",)) is NoReplica.ALL_BUSY
-    assert balancer.choose(0, 0, ("a", "b")) is NoReplica.ALL_TRIED
+    assert balancer.choose(0, ("a",)) is NoReplica.ALL_BUSY
+    assert balancer.choose(0, ("a", "b")) is NoReplica.ALL_TRIED
     assert _take(balancer).target.replica_uid == "a"
-    assert balancer.choose(0, 0) is NoReplica.ALL_BUSY
+    assert balancer.choose(0) is NoReplica.ALL_BUSY
     assert balancer.drained() == ["c"]
-    assert _balancer(Target("c", "h", 3, draining=True)).choose(0, 0) is NoReplica.NONE_SERVING
+    assert _balancer(Target("c", "h", 3, draining=True)).choose(0) is NoReplica.NONE_SERVING
 
 
 def test_ejection_doubles_to_its_bound_and_ends_with_a_trial() -> None:
@@ -104,15 +104,21 @@ class _Model(RuleBasedStateMachine):
         self.held: list[Replica] = []
         self.now_s = 0.0
 
-    @rule(wanted=st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 3), st.booleans())))
-    def update(self, wanted: dict[str, tuple[int, bool]]) -> None:
+    @rule(
+        wanted=st.dictionaries(
+            st.sampled_from("abcd"), st.tuples(st.integers(1, 3), st.booleans(), st.integers(1, 3))
+        ),
+        pools=st.dictionaries(st.integers(1, 3), st.integers(0, 100)),
+    )
+    def update(self, wanted: dict[str, tuple[int, bool, int]], pools: dict[int, int]) -> None:
         self.balancer.update(
-            [Target(uid, "h", 1, weight, drains) for uid, (weight, drains) in wanted.items()]
+            [Target(uid, "h", 1, *more) for uid, more in wanted.items()],
+            [TrafficPool(revision, weight) for revision, weight in pools.items()],
         )
 
-    @rule(tie=st.integers(0, 10), tried=st.sets(st.sampled_from("abcd")))
-    def choose(self, tie: int, tried: set[str]) -> None:
-        choice = self.balancer.choose(self.now_s, tie, tried)
+    @rule(tried=st.sets(st.sampled_from("abcd")), pool=st.none() | st.integers(0, 3))
+    def choose(self, tried: set[str], pool: int | None) -> None:
+        choice = self.balancer.choose(self.now_s, tried, pool)
         serving = [r for r in self.balancer.replicas if not r.target.draining]
         untried = [r for r in serving if r.target.replica_uid not in tried]
         if isinstance(choice, Replica):

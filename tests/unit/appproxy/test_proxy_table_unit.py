@@ -20,9 +20,12 @@ def _route(number: int, version: int = 0) -> pb.Route:
         port=7000 + number,
         label=f"label-{number}",
         targets=[
-            pb.Target(replica_uid=f"r{i}", host="h", port=1 + i, weight=1, draining=i % 2 == 1)
+            pb.Target(
+                replica_uid=f"r{i}", host="h", port=1 + i, weight=1, draining=i % 2 == 1, revision=version + i
+            )
             for i in range(version % 4)
         ],
+        pools=[pb.Pool(revision=version + i, weight=50 * i) for i in range(version % 3)],
         revoked_tokens=[f"t{version}"],
     )
 
@@ -173,6 +176,14 @@ def _update(*routes: pb.Route) -> pb.TableUpdate:
                 routes=[pb.Route(endpoint_uid="x", targets=[pb.Target(replica_uid="r", host="h", port=0)])],
             ),
             "no usable address",
+        ),
+        (
+            _update(pb.Route(endpoint_uid="x", pools=[pb.Pool(revision=3, weight=101)])),
+            "pool 3 has weight 101",
+        ),
+        (
+            _update(pb.Route(endpoint_uid="x", pools=[pb.Pool(revision=3), pb.Pool(revision=3)])),
+            "the same revision",
         ),
     ],
 )

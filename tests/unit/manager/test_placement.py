@@ -12,6 +12,8 @@ from dure.manager.placement import (
     NoPlace,
     Placed,
     Request,
+    explain,
+    fuller,
     place,
     portions,
 )
@@ -49,7 +51,7 @@ def test_any_sequence_of_grants_and_ends_keeps_the_books(steps: list, count: int
     for slots, ends_one in steps:
         placed = place(Request(slots, "default"), nodes.values())
         if isinstance(placed, Placed):
-            grant, name = placed.grant, placed.node.name
+            grant, name = placed.kernels[0].grant, placed.kernels[0].node.name
             given_out.append((grant, name))
             nodes[name] = replace(nodes[name], grants=(*nodes[name].grants, grant))
             assert grant.slots == {slot: slots[slot] for slot in (CPU, MEM)}
@@ -105,14 +107,14 @@ def test_best_fit_keeps_whole_gpus_free() -> None:
     busy = node("n", grants=(held("n", ("gpu1", 300)),))
     result = place(Request({CPU: 1, MEM: 1, SHARES: 500}, "default"), [busy])
     assert isinstance(result, Placed)
-    assert result.grant.devices[0].device == "n-gpu1"
+    assert result.kernels[0].grant.devices[0].device == "n-gpu1"
 
 
 def test_replicas_of_an_endpoint_are_spread() -> None:
     nodes = [node("a"), node("b")]
     result = place(Request({CPU: 1, MEM: 1}, "default", peers={"a": 1}), nodes)
     assert isinstance(result, Placed)
-    assert result.node.name == "b"
+    assert places(result) == ["b"]
 
 
 def test_a_fixed_port_is_a_resource_of_the_host() -> None:
@@ -141,3 +143,75 @@ def test_a_sick_device_and_a_lost_node_get_nothing() -> None:
     assert isinstance(result, NoPlace)
     assert "fell off the bus" in result.refusals[0].reason
     assert result.refusals[1].reason == "the agent is LOST"
+
+
+SMALL = {CPU: 1_000, MEM: 1_000}
+
+
+def places(result: Placed | NoPlace) -> list[str]:
+    assert isinstance(result, Placed), result
+    return [kernel.node.name for kernel in result.kernels]
+
+
+def test_kernels_of_a_single_node_session_share_a_node_or_none() -> None:
+    nodes = [node("a", cpu=2_000), node("b", cpu=3_000)]
+    assert places(place(Request(SMALL, "default", size=3), nodes)) == ["b", "b", "b"]
+    result = place(Request(SMALL, "default", size=4), nodes)
+    assert isinstance(result, NoPlace)
+    assert "no node has room for its 4 kernels" in result.sentence(Request(SMALL, "default", size=4))
+    assert "after 2 of 4 kernels" in result.refusals[0].reason
+
+
+def test_kernels_of_a_multi_node_session_go_to_different_nodes_while_they_can() -> None:
+    nodes = [node("a", cpu=2_000), node("b", cpu=2_000)]
+    request = Request(SMALL, "default", size=3, several_nodes=True)
+    assert sorted(places(place(request, nodes))) == ["a", "a", "b"]
+    request = replace(request, size=5)
+    result = place(request, nodes)
+    assert isinstance(result, NoPlace)
+    assert "only 4 of its 5 kernels found a place" in result.sentence(request)
+
+
+def test_a_session_has_a_rendezvous_port_of_its_own_on_a_host() -> None:
+    first, second = replace(node("a"), host_id="h"), replace(node("b"), host_id="h")
+    request = Request(SMALL, "default", size=2, salt=7)
+    placed = place(request, [first, second])
+    assert isinstance(placed, Placed)
+    assert [kernel.grant.rendezvous_port for kernel in placed.kernels] == [30_007, 0]
+    taken = replace(first, grants=tuple(kernel.grant for kernel in placed.kernels))
+    again = place(request, [taken, second])
+    assert isinstance(again, Placed)
+    assert again.kernels[0].grant.rendezvous_port == 30_008
+
+
+def test_packing_fills_the_fullest_node_that_has_room() -> None:
+    nodes = [node("a"), node("b", grants=(Grant("b", SMALL),)), node("c", cpu=500)]
+    request = Request(SMALL, "default", peers={"b": 3})
+    assert places(place(request, nodes)) == ["a"]
+    assert places(place(replace(request, pack=True), nodes)) == ["b"]
+
+
+def test_what_no_free_room_would_change_is_said() -> None:
+    arm = replace(node("arm"), architecture="aarch64")
+    plain = replace(node("plain"), architecture="x86_64", maps_mounts=False)
+    assert explain(Request(SMALL, "default", architecture="x86_64"), [arm, plain]) == [
+        ("arm", "its architecture is aarch64, x86_64 is wanted"),
+        ("plain", ""),
+    ]
+    result = dict(explain(Request(SMALL, "default", needs_image=True), [arm]))
+    assert "runs no images" in result["arm"]
+    result = dict(explain(Request(SMALL, "default", size=2), [arm, plain]))
+    assert (result["arm"], "mount namespaces" in result["plain"]) == ("", True)
+
+
+@given(st.lists(st.tuples(amounts, st.integers(1, 5), st.booleans(), st.booleans()), max_size=20))
+def test_gangs_keep_the_books_and_are_whole(steps: list) -> None:
+    nodes = {f"n{index}": node(f"n{index}", gpus=3) for index in range(3)}
+    for slots, size, several, pack in steps:
+        placed = place(Request(slots, "default", size=size, several_nodes=several, pack=pack), nodes.values())
+        if isinstance(placed, Placed):
+            assert len(placed.kernels) == size
+            assert several or len(set(places(placed))) == 1
+            for kernel in placed.kernels:
+                nodes[kernel.node.name] = fuller(nodes[kernel.node.name], kernel.grant)
+        check_books(nodes.values())

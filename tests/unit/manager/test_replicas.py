@@ -1,130 +1,23 @@
 """The reconciler, against a small world that does what the plans say."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reconciler_world import World
 
-from dure.manager.model import (
-    ENDED,
-    EndpointStatus,
-    EndpointView,
-    Exit,
-    KernelHealth,
-    KernelPhase,
-    KernelView,
-    ReplicaStatus,
-    ReplicaView,
-    Surroundings,
-)
+from dure.manager.model import EndpointStatus, KernelHealth, KernelPhase, ReplicaStatus
 from dure.manager.replicas import (
     DRAIN_GRACE_MS,
     FAILURES_MAX,
     LOST_KEEP_MS,
     STABLE_MS,
-    SURGE,
     UNHEALTHY_GRACE_MS,
-    Plan,
     backoff_ms,
     in_route,
-    reconcile,
 )
 
 S = ReplicaStatus
-
-
-@dataclass
-class World:
-    """Replicas on agents `a0`, `a1` ..., the clock, and how to make them live."""
-
-    desired: int = 2
-    now_ms: int = 1_000_000
-    endpoint: EndpointView = field(init=False)
-    replicas: dict[str, ReplicaView] = field(default_factory=dict)
-    given_up: frozenset[str] = frozenset()
-    lost_ms: dict[str, int] = field(default_factory=dict)
-    drained: frozenset[str] = frozenset()
-    made: int = 0
-    plan: Plan = field(default_factory=Plan)
-
-    def __post_init__(self) -> None:
-        self.endpoint = EndpointView("e", "e", self.desired, 1)
-
-    def living(self) -> list[ReplicaView]:
-        return [replica for replica in self.replicas.values() if replica.status not in ENDED]
-
-    def serving(self) -> int:
-        return sum(1 for replica in self.living() if in_route(replica))
-
-    def run(self) -> Plan:
-        """Rounds until nothing changes."""
-        for _ in range(8):
-            around = Surroundings(self.now_ms, self.lost_ms, self.given_up, self.drained)
-            plan = self.plan = reconcile(self.endpoint, self.living(), around)
-            self._apply(plan)
-            if not (plan.moves or plan.create or plan.stop):
-                return plan
-        raise AssertionError("does not settle")
-
-    def _apply(self, plan: Plan) -> None:
-        errors = (() if plan.clear_errors else self.endpoint.errors) + tuple(plan.errors)
-        self.endpoint = replace(
-            self.endpoint,
-            errors=errors,
-            failures=plan.failures,
-            failed_ms=plan.failed_ms,
-            blocked=plan.blocked,
-        )
-        for move in plan.moves:
-            old = self.replicas[move.uid]
-            self.replicas[move.uid] = replace(
-                old,
-                status=move.status,
-                since_ms=self.now_ms if old.status is not move.status else old.since_ms,
-                was_healthy=old.was_healthy or move.status is S.HEALTHY,
-                healthy_since_ms=self.now_ms if move.status is S.HEALTHY else old.healthy_since_ms,
-                draining=move.drain,
-                reason=move.reason,
-                kernels=self._unwanted(old) if move.stop else old.kernels,
-            )
-        for uid in plan.stop:
-            self.replicas[uid] = replace(self.replicas[uid], kernels=self._unwanted(self.replicas[uid]))
-        for _ in range(plan.create):
-            self.made += 1
-            uid = f"r{self.made:04}"
-            agents = [f"a{index}" for index in range(3) if f"a{index}" not in self.given_up]
-            agent = agents[self.made % len(agents)]
-            kernel = KernelView(
-                f"k-{uid}", agent, agent, KernelPhase.ASSIGNED, KernelHealth.UNKNOWN, True, "h", 1
-            )
-            self.replicas[uid] = ReplicaView(
-                uid, self.endpoint.revision, S.STARTING, self.now_ms, self.now_ms, (kernel,)
-            )
-
-    def _unwanted(self, replica: ReplicaView) -> tuple[KernelView, ...]:
-        return tuple(replace(kernel, wanted=False) for kernel in replica.kernels)
-
-    def kernel(self, uid: str, **changes: object) -> None:
-        replica = self.replicas[uid]
-        self.replicas[uid] = replace(replica, kernels=(replace(replica.kernels[0], **changes),))
-
-    def report(self, uid: str, health: KernelHealth) -> None:
-        self.kernel(uid, phase=KernelPhase.RUNNING, health=health)
-
-    def crash(self, uid: str, reason: str = "EXITED") -> None:
-        self.kernel(uid, phase=KernelPhase.EXITED, exit=Exit(reason, 3, "exited with 3", "boom"))
-
-    def all_healthy(self) -> None:
-        self.run()
-        for replica in self.living():
-            if not replica.leaving:
-                self.report(replica.uid, KernelHealth.HEALTHY)
-        self.run()
-
-    def stop_what_is_unwanted(self) -> None:
-        for replica in list(self.replicas.values()):
-            if replica.kernels and not replica.kernels[0].wanted:
-                self.kernel(replica.uid, phase=KernelPhase.GONE)
 
 
 def test_main_path() -> None:
@@ -161,7 +54,7 @@ def test_a_crash_loop_backs_off_and_blocks() -> None:
     assert world.plan.status is EndpointStatus.BLOCKED
     assert "boom" in world.plan.reason
     assert world.made == FAILURES_MAX
-    world.endpoint = replace(world.endpoint, blocked=False, errors=(), failures=0, failed_ms=0)
+    world.endpoint = replace(world.endpoint, blocked=False, errors=(), failures=0, failed_ms=0, rollout=None)
     world.run()
     assert world.made == FAILURES_MAX + 1
 
@@ -326,12 +219,12 @@ def test_without_a_replacement_a_lost_replica_leaves_in_the_end() -> None:
 def test_a_new_revision_replaces_without_a_gap() -> None:
     world = World(desired=3)
     world.all_healthy()
-    world.endpoint = replace(world.endpoint, revision=2)
+    world.revise()
     for _ in range(12):
         world.run()
         assert world.serving() >= 3
         staying = [replica for replica in world.living() if not replica.leaving]
-        assert len(staying) <= 3 + SURGE
+        assert len(staying) <= 4
         for replica in staying:
             world.report(replica.uid, KernelHealth.HEALTHY)
         world.drained = frozenset(replica.uid for replica in world.living() if replica.draining)
@@ -385,15 +278,15 @@ def test_whatever_happens_it_settles_and_converges(steps: list) -> None:
         elif what == "drained":
             world.drained = frozenset(replica.uid for replica in living if replica.draining)
         elif what == "revise":
-            world.endpoint = replace(world.endpoint, revision=world.endpoint.revision + 1)
+            world.revise()
         world.run()
         staying = [replica for replica in world.living() if not replica.leaving]
         assert (
-            len(staying) <= world.endpoint.desired + SURGE + len(world.given_up) * world.endpoint.desired + 6
+            len(staying) <= 2 * world.endpoint.desired + 1 + len(world.given_up) * world.endpoint.desired + 6
         )
     # Left in peace, it gets where it was wanted.
     world.given_up, world.lost_ms = frozenset(), {}
-    world.endpoint = replace(world.endpoint, blocked=False, errors=(), failures=0, failed_ms=0)
+    world.endpoint = replace(world.endpoint, blocked=False, errors=(), failures=0, failed_ms=0, rollout=None)
     for _ in range(40):
         world.now_ms += 61_000
         for replica in world.living():

@@ -7,7 +7,7 @@ was killed can adopt: a handle is that folder and the uid. Entry points of the g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +24,29 @@ class Handle:
 
 
 @dataclass(frozen=True)
+class ExtraMount:
+    """A folder beside the model folder: `subpath` (empty: all) of the real folder `source` at `target`."""
+
+    name: str
+    source: Path
+    subpath: str
+    target: str
+    writable: bool
+
+
+@dataclass(frozen=True)
+class ClusterFiles:
+    """What a kernel of several has of its own: a table of host names, and content and mode of the files in
+    its `.ssh`, given the session's home."""
+
+    hosts: str
+    ssh: Callable[[str], Mapping[str, tuple[str, int]]]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What to run. `model` is a real folder; `model_target` is where the kernel should see it."""
+    """What to run. `model` is a real folder; `model_target` is where the kernel should see it. Neither
+    `argv` nor `shell`: the image's own command."""
 
     handle: Handle
     model: Path | None
@@ -40,6 +61,11 @@ class Plan:
     cpu_milli: int
     memory_bytes: int
     stop_grace_s: float
+    extra_mounts: tuple[ExtraMount, ...] = ()
+    # 0 for the back end's default.
+    shared_memory_bytes: int = 0
+    # None for a session of one.
+    cluster: ClusterFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,7 @@ class Abilities:
     """What a back end can do on this node; `limitations` are sentences for people."""
 
     maps_mounts: bool
+    runs_images: bool
     limitations: tuple[str, ...] = field(default=())
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
 from dure.agent.backends.base import Ended
+from dure.agent.log_files import last_lines
+
+# What shells say of a command that they could not run.
+_SHELL_CODES = {126: " (to a shell: not executable)", 127: " (to a shell: command not found)"}
 
 
 def read(record: dict[str, Any]) -> Ended:
@@ -26,27 +29,21 @@ def read(record: dict[str, Any]) -> Ended:
         return Ended("START_FAILED", code, message, by_wish)
     if number:
         return Ended("SIGNALED", code, f"its main process was ended by {_name(number)}", by_wish)
-    return Ended("EXITED", code, f"its main process exited with code {code}", by_wish)
+    hint = _SHELL_CODES.get(code, "")
+    return Ended("EXITED", code, f"its main process exited with code {code}{hint}", by_wish)
 
 
 def log_tail(folder: Path, bytes_max: int) -> str:
     """The end of the log, whole lines where there are several."""
-    data = b""
-    for name in ("log.1", "log"):
-        try:
-            with open(folder / name, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - bytes_max - 1))
-                data += file.read(bytes_max + 1)
-        except FileNotFoundError:
-            continue
-    if len(data) > bytes_max:
-        data = data[-bytes_max:]
-        _, line_break, rest = data.partition(b"\n")
-        data = rest if line_break and rest else data
-    text = data.decode(errors="replace")
+    text = last_lines(folder, bytes_max).decode(errors="replace")
     # A replacement character is longer than the byte that it stands for.
     return text.encode()[-bytes_max:].decode(errors="ignore")
+
+
+def without_message(tail: str, message: str) -> str:
+    """The end of a log without the sentence at its very end that the message of the exit says already."""
+    text = tail.removesuffix("\n")
+    return text.removesuffix(message) if message and text.endswith(message) else tail
 
 
 def _name(number: int) -> str:

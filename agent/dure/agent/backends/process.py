@@ -15,24 +15,19 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dure.agent.backends import cgroups, outcome
-from dure.agent.backends.base import HOME, Abilities, Ended, Handle, Observation, Plan, StartFailed
+from dure.agent.backends import cgroups, outcome, view
+from dure.agent.backends.base import Abilities, Ended, Handle, Observation, Plan
 from dure.agent.backends.cgroups import Cgroups
 from dure.agent.shim import processes
 from dure.agent.shim.files import read_json, write_json
 from dure.agent.waiting import in_thread, is_readable, readable
 
-ACTION_LIMIT_S = 600.0
 MARKER = "DURE_KERNEL_UID"
 # After the grace the shim kills; if it does not end soon after, it is stuck, and the agent kills.
 SHIM_PATIENCE_S = 5.0
 _PROBE_LIMIT_S = 10.0
-# Hiding one of these would take the session's own shell, libraries or interpreter away.
-_PROTECTED = ("/bin", "/sbin", "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", HOME)
-_ROOT = str(Path(__file__).parents[3])
-_SHIM = f"import sys; sys.path.insert(0, {_ROOT!r}); from dure.agent.shim.main import main; main()"
+_SHIM = f"import sys; sys.path.insert(0, {view.ROOT!r}); from dure.agent.shim.main import main; main()"
 
 
 @dataclass
@@ -59,26 +54,27 @@ class ProcessBackend:
         self._home = home
         self._watches: dict[str, _Watch] = {}
         self._cgroups = Cgroups((), ())
-        self._maps = False
+        # Why folders cannot be mapped here; empty if they can.
+        self._no_maps = "not tried yet"
 
     async def probe(self) -> Abilities:
         self._cgroups = await asyncio.to_thread(Cgroups.probe)
-        problem = await asyncio.to_thread(_probe_mounts)
-        self._maps = problem is None
+        self._no_maps = await asyncio.to_thread(_probe_mounts)
         self._write_bin()
         limitations = list(self._cgroups.limitations)
-        if problem is not None:
+        if self._no_maps:
             limitations.append(
-                f"sessions see the real model folder instead of their mount destination: {problem}"
+                "sessions see the real model folder instead of their mount destination, and can have neither "
+                f"extra mounts, nor shared memory of a given size, nor several kernels: {self._no_maps}"
             )
-        return Abilities(self._maps, tuple(limitations))
+        return Abilities(maps_mounts=not self._no_maps, runs_images=False, limitations=tuple(limitations))
 
     def model_place(self, model: Path | None, target: str) -> str:
-        return target if self._maps or model is None else str(model)
+        return view.model_place(model, target, not self._no_maps)
 
     async def start(self, plan: Plan) -> None:
         folder = plan.handle.folder
-        content = self._plan_content(plan)
+        content = view.build(plan, self._home, self._no_maps)
         # First: what is made from here on can be found again.
         known = {
             "boot_id": boot_id(),
@@ -217,64 +213,6 @@ class ProcessBackend:
         known = read_json(str(handle.folder / "handle.json")) or {"cgroups": []}
         return [Path(path) for path in known["cgroups"]]
 
-    def _plan_content(self, plan: Plan) -> dict[str, Any]:
-        folder = plan.handle.folder
-        private_home = folder / "home"
-        private_home.mkdir(mode=0o700, exist_ok=True)
-        model = self.model_place(plan.model, plan.model_target)
-        mounts: list[dict[str, Any]] = []
-        cwd, stage = plan.model_path, ""
-        if self._maps:
-            stage = str(folder / "stage")
-            os.makedirs(stage, exist_ok=True)
-            mounts.append({"source": os.path.realpath(private_home), "target": HOME, "read_only": False})
-            if plan.model is not None:
-                self._check_target(plan)
-                source = os.path.realpath(plan.model)
-                mounts.append({"source": source, "target": plan.model_target, "read_only": True})
-        elif plan.model is not None and Path(cwd).is_relative_to(plan.model_target):
-            cwd = os.path.normpath(plan.model / Path(cwd).relative_to(plan.model_target))
-        env = dict(plan.environ)
-        env["HOME"] = HOME if self._maps else str(private_home)
-        # A user's PATH stays in force, but `python` is the agent's own, which has what its venv has.
-        path = env.get("PATH") or os.environ.get("PATH", os.defpath)
-        env["PATH"] = f"{self._home / 'bin'}:{path}:{Path(sys.executable).parent}"
-        return {
-            "stage": stage,
-            "mounts": mounts,
-            "cwd": cwd,
-            "model": model,
-            "env": env,
-            "argv": list(plan.argv),
-            "shell": plan.shell,
-            "line": plan.line,
-            # In an action or a command `{model_path}` is the definition's model_path, as the session sees it.
-            "values": {"model_path": cwd, "port": str(plan.port)},
-            "actions": list(plan.actions),
-            "stop_grace_s": plan.stop_grace_s,
-            "action_limit_s": ACTION_LIMIT_S,
-        }
-
-    def _check_target(self, plan: Plan) -> None:
-        target = os.path.normpath(plan.model_target)
-        if not target.startswith("/"):
-            raise StartFailed(f"mount destination `{target}` is not an absolute path")
-        own = (
-            sys.prefix,
-            sys.base_prefix,
-            _ROOT,
-            str(self._home.absolute()),
-            os.path.realpath(sys.executable),
-        )
-        for place in (*_PROTECTED, *own):
-            if Path(place).is_relative_to(target):
-                raise StartFailed(
-                    f"mount destination `{target}` would hide `{place}`, which sessions need; "
-                    "choose one such as /models"
-                )
-        if Path(target).is_relative_to("/proc") or Path(target).is_relative_to("/sys"):
-            raise StartFailed(f"mount destination `{target}` lies in a file system of the kernel")
-
     def _write_bin(self) -> None:
         """Not links: a link to a virtual environment's python, from elsewhere, forgets the environment."""
         folder = self._home / "bin"
@@ -330,8 +268,8 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def _probe_mounts() -> str | None:
-    """None if folders can be mapped, else why not."""
+def _probe_mounts() -> str:
+    """Empty if folders can be mapped, else why not."""
     import subprocess
 
     with tempfile.TemporaryDirectory(prefix="dure-probe-") as folder:
@@ -347,6 +285,6 @@ def _probe_mounts() -> str | None:
         except subprocess.TimeoutExpired:
             return f"setting up a mount namespace took longer than {_PROBE_LIMIT_S:g} s"
     if done.returncode == 0:
-        return None
+        return ""
     lines = done.stderr.strip().splitlines()
     return lines[-1] if lines else f"the probe exited with code {done.returncode}"

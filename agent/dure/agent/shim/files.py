@@ -32,32 +32,3 @@ def read_json(path: str) -> dict[str, Any] | None:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-class RotatedLog:
-    """Keeps the newest bytes of a stream: `path`, and `path.1` before it. Never raises: a full disk must
-    not stop a session."""
-
-    def __init__(self, path: str, bytes_max: int) -> None:
-        self._path = path
-        self._bytes_max = bytes_max
-        self._fd = -1
-        self._size = 0
-        self._open()
-
-    def write(self, data: bytes) -> None:
-        try:
-            if self._size + len(data) > self._bytes_max and self._size > 0:
-                os.close(self._fd)
-                self._fd = -1
-                os.replace(self._path, f"{self._path}.1")
-                self._open()
-            if self._fd < 0:
-                self._open()
-            self._size += os.write(self._fd, data)
-        except OSError:
-            return
-
-    def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._fd).st_size

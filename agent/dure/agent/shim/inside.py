@@ -63,15 +63,23 @@ def _join_cgroups(files: list[str]) -> None:
 def _map(plan: dict[str, Any]) -> None:
     from dure.agent.shim.namespace import View
 
-    view = View()
+    view, what = View(), "give the session its own view of the file system"
     try:
         view.enter(plan["stage"])
+        if plan["shared_memory_bytes"]:
+            what = "give the session shared memory"
+            view.memory("/dev/shm", plan["shared_memory_bytes"])
         # Outer ones first, so that one destination may lie in another.
         for entry in sorted(plan["mounts"], key=lambda entry: entry["target"].count("/")):
-            view.bind(entry["source"], entry["target"], entry["read_only"])
+            what = f"map a folder to {entry['target']}"
+            view.bind(entry["source"], entry["target"], entry["read_only"], entry["subpath"])
+        if plan["hosts"]:
+            what = "give the session its table of host names"
+            view.bind_file(plan["hosts"], "/etc/hosts")
+        what = "complete the session's view of the file system"
         view.close()
     except OSError as error:
-        raise CannotStart(f"cannot map the model folder: {error}") from error
+        raise CannotStart(f"cannot {what}: {error}") from error
 
 
 def _run_actions(plan: dict[str, Any], progress: int) -> dict[str, str]:
@@ -110,7 +118,16 @@ def _exec(plan: dict[str, Any], values: dict[str, str]) -> None:
         os.execvpe(arguments[0], arguments, os.environ)
     except FileNotFoundError as error:
         where = "does not exist" if "/" in arguments[0] else f"is not on PATH ({os.environ.get('PATH', '')})"
+        if os.path.lexists(arguments[0]) and "/" in arguments[0]:
+            where = "is a script whose interpreter (its first line) does not exist"
         raise CannotStart(f"cannot start `{arguments[0]}`: it {where}") from error
+    except PermissionError as error:
+        kind = (
+            "a folder"
+            if os.path.isdir(arguments[0])
+            else "not executable (`chmod +x`, or name its interpreter)"
+        )
+        raise CannotStart(f"cannot start `{arguments[0]}`: it is {kind}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         hint = "; is it a program for this machine?" if getattr(error, "errno", 0) == errno.ENOEXEC else ""

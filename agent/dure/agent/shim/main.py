@@ -13,10 +13,10 @@ import time
 from typing import Any
 
 from dure.agent.shim import processes
-from dure.agent.shim.files import RotatedLog, read_json, write_json
+from dure.agent.shim.files import read_json, write_json
+from dure.agent.shim.log import LineLog
 
 PR_SET_CHILD_SUBREAPER = 36
-LOG_BYTES_MAX = 4 * 1024 * 1024
 # Once the main process is gone, what it left behind gets this long to follow.
 LEFTOVERS_S = 1.0
 END_LIMIT_S = 10.0
@@ -28,7 +28,7 @@ class Shim:
     def __init__(self, folder: str, plan: dict[str, Any]) -> None:
         self._folder = folder
         self._plan = plan
-        self._log = RotatedLog(f"{folder}/log", LOG_BYTES_MAX)
+        self._log = LineLog(folder)
         self._state: dict[str, Any] = {
             "shim_pid": os.getpid(),
             "shim_start": processes.start_ticks(os.getpid()),

@@ -1,4 +1,4 @@
-"""The view of the file system that a session has: the host's, but for the model folder and a private home.
+"""The view of the file system that a session has: the host's, but for its own folders.
 
 The process leaves its mount namespace, makes a tmpfs its root and binds the host's top-level folders
 into it. Where a mount destination does not exist on the host, a tmpfs with binds of all its neighbours
@@ -57,11 +57,17 @@ def unshare_mounts() -> None:
 
 
 class View:
-    """Builds the view. The order of calls: enter, then bind for each destination, then close."""
+    """Builds the view. The order of calls: enter, what it shows (outer ones first), close."""
 
     def __init__(self) -> None:
         self._sources = {"/": _OLD}
-        self._ours = {"/"}
+        # Where something can be made that nobody else sees: a tmpfs with binds of what was there (entries
+        # only), or a whole tree. What is in neither is the host's, or read-only.
+        self._stand_ins = {"/"}
+        self._trees: set[str] = set()
+        self._read_only: set[str] = set()
+        # Stand-ins for read-only folders: writable until all that lies in them has its place.
+        self._to_close: list[str] = []
 
     def enter(self, stage: str) -> None:
         """`stage` is any empty folder of the host."""
@@ -78,22 +84,58 @@ class View:
             "pivot_root",
         )
         os.chdir("/")
-        self._bind_entries(_OLD, "/")
+        self._bind_entries(_OLD, "/", read_only=False)
 
-    def bind(self, source: str, target: str, read_only: bool) -> None:
-        """Makes the host's folder `source`, a path without symbolic links, appear at `target`."""
+    def bind(self, source: str, target: str, read_only: bool, subpath: str = "") -> None:
+        """Makes the host's folder `source`, a path without symbolic links, appear at `target`; with
+        `subpath` a folder in it, on a way without symbolic links, whoever writes to it meanwhile."""
+        target = self._resolve(target)
+        self._make(target)
+        descriptor = _open_below(_OLD + source, subpath)
+        try:
+            mount(f"/proc/self/fd/{descriptor}", target, "", MS_BIND)
+        finally:
+            os.close(descriptor)
+        self._sources[target] = os.path.normpath(f"{_OLD}{source}/{subpath}")
+        if read_only:
+            _close(target)
+            self._read_only.add(target)
+        else:
+            self._trees.add(target)
+
+    def bind_file(self, source: str, target: str) -> None:
+        """Makes the host's file `source` appear at `target`, read-only."""
+        target = os.path.realpath(target)
+        if not os.path.lexists(target):
+            self._make(os.path.dirname(target))
+            self._stand_in(os.path.dirname(target))
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+        mount(_OLD + source, target, "", MS_BIND)
+        _close(target)
+
+    def memory(self, target: str, size_bytes: int) -> None:
+        """An empty file system in memory at `target`."""
         target = os.path.realpath(target)
         self._make(target)
-        mount(_OLD + source, target, "", MS_BIND)
-        if read_only:
-            mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | _locked_flags(target))
-        else:
-            self._ours.add(target)
-        self._sources[target] = _OLD + source
+        mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size_bytes}")
+        self._trees.add(target)
 
     def close(self) -> None:
+        for target in self._to_close:
+            _close(target)
         _check(_libc.umount2(ctypes.c_char_p(_OLD.encode()), MNT_DETACH), f"umount {_OLD}")
         os.rmdir(_OLD)
+
+    def _resolve(self, target: str) -> str:
+        """Follows the host's links, but none that a mapped folder brings along: it could lead anywhere."""
+        real, way, names = os.path.realpath(target), "", os.path.normpath(target).strip("/").split("/")
+        for index, name in enumerate(names):
+            way = f"{way}/{name}"
+            place = os.path.realpath(way)
+            mapped = place in self._read_only or place in self._trees
+            if mapped and real != "/".join([place, *names[index + 1 :]]):
+                raise OSError(f"a symbolic link in the folder at {way} lies on the way")
+        return real
 
     def _make(self, target: str) -> None:
         if os.path.isdir(target):
@@ -103,20 +145,26 @@ class View:
         above = os.path.dirname(target)
         while not os.path.isdir(above):
             above = os.path.dirname(above)
-        if above not in self._ours:
-            source = self._source_of(above)
-            mount("tmpfs", above, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
-            self._bind_entries(source, above)
-            self._ours.add(above)
+        self._stand_in(above)
         os.makedirs(target)
 
-    def _source_of(self, path: str) -> str:
-        base = path
-        while base not in self._sources:
+    def _stand_in(self, folder: str) -> None:
+        """Makes `folder` one in which entries can be made: a tmpfs with binds of all that is there."""
+        base = folder
+        while base not in self._sources and base not in self._trees:
             base = os.path.dirname(base)
-        return self._sources[base] + path.removeprefix("" if base == "/" else base)
+        if folder in self._stand_ins or base in self._trees:
+            return
+        source = self._sources[base] + folder.removeprefix("" if base == "/" else base)
+        read_only = base in self._read_only
+        mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+        self._bind_entries(source, folder, read_only)
+        self._stand_ins.add(folder)
+        self._sources[folder] = source
+        if read_only:
+            self._to_close.append(folder)
 
-    def _bind_entries(self, source: str, target: str) -> None:
+    def _bind_entries(self, source: str, target: str, read_only: bool) -> None:
         with os.scandir(source) as entries:
             names = [entry.name for entry in entries]
         if len(names) > NEIGHBOURS_MAX:
@@ -133,7 +181,33 @@ class View:
                 os.mkdir(place)
             else:
                 os.close(os.open(place, os.O_CREAT | os.O_WRONLY, 0o600))
-            mount(origin, place, "", MS_BIND | MS_REC)
+            mount(origin, place, "", MS_BIND if read_only else MS_BIND | MS_REC)
+            if read_only:
+                _close(place)
+                self._read_only.add(place)
+                self._sources[place] = origin
+
+
+def _close(target: str) -> None:
+    mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | _locked_flags(target))
+
+
+def _open_below(folder: str, subpath: str) -> int:
+    """A descriptor of `folder/subpath`, on a way without symbolic links."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(folder, flags)
+    for name in (part for part in subpath.split("/") if part not in ("", ".")):
+        try:
+            if name == "..":
+                raise NotADirectoryError(20, "it leads out of the folder")
+            following = os.open(name, flags, dir_fd=descriptor)
+        except OSError as error:
+            reason = "no folder, or a symbolic link" if error.errno == 20 else error.strerror
+            raise OSError(error.errno, f"subpath `{subpath}`: `{name}`: {reason}") from error
+        finally:
+            os.close(descriptor)
+        descriptor = following
+    return descriptor
 
 
 def _locked_flags(path: str) -> int:

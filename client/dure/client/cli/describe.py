@@ -1,4 +1,4 @@
-"""One resource in full, for people."""
+"""One agent in full, for people; and how such pages are laid out."""
 
 from __future__ import annotations
 
@@ -7,72 +7,34 @@ from collections.abc import Iterable, Sequence
 import click
 
 from dure.client.cli import tables
-from dure.client.cli.text import clean, moment
+from dure.client.cli.text import clean
 from dure.v1.agent_pb2 import Agent
-from dure.v1.endpoint_pb2 import Endpoint, Event
 from dure.wire.quantities import human_bytes
-
-EVENTS_SHOWN = 10
-
-
-def endpoint(item: Endpoint, events: Sequence[Event], *, color: bool) -> None:
-    """Everything about an endpoint: what was asked for, how it is, its replicas, what happened lately."""
-    status = tables.status_word(item)
-    _facts(
-        [
-            ("Name", item.name),
-            ("Status", tables.paint(status) if color else status),
-            ("Reason", item.status_reason),
-            ("Address", item.address or "none yet: no proxy has joined"),
-            ("Open to public", "yes" if item.open_to_public else "no: requests need a token"),
-            ("Replicas", _count(item)),
-            ("Revision", str(item.revision)),
-            (
-                "Model",
-                item.model + (f" at {item.model_mount_destination}" if item.model_mount_destination else ""),
-            ),
-            ("Definition", item.model_definition_path),
-            ("Runtime", item.runtime),
-            ("Resource group", item.resource_group),
-            (
-                "Slots",
-                ", ".join(_slot(slot, item.resource_slots[slot]) for slot in sorted(item.resource_slots)),
-            ),
-            ("Environment", ", ".join(f"{key}={item.environ[key]}" for key in sorted(item.environ))),
-            ("Created", moment(item.create_time)),
-            ("Changed", moment(item.update_time)),
-            ("UID", item.uid),
-        ],
-        color=color,
-    )
-    _section("Conditions", [f"{c.type}: {clean(c.message)}" for c in item.conditions])
-    _section("Errors in a row", [clean(error) for error in item.errors])
-    if item.replicas:
-        click.echo("\nReplicas")
-        tables.show(tables.replicas(item.replicas), color=color)
-    if events:
-        click.echo("\nNewest events" if len(events) >= EVENTS_SHOWN else "\nEvents")
-        tables.show(tables.events(events), color=color)
 
 
 def agent(item: Agent, *, color: bool) -> None:
     """A node, its slots and its devices."""
-    status = tables.status_word(item)
-    _facts(
+    status = tables.agent_word(item)
+    facts(
         [
             ("Name", item.name),
             ("Status", tables.paint(status) if color else status),
+            (
+                "Draining",
+                "yes: it gets no new sessions; `dure agent resume` takes it back" if item.draining else "",
+            ),
             ("Reason", item.status_reason),
             ("Resource group", item.resource_group),
             ("Address", item.advertise_address),
             ("Version", item.version),
             ("Back end", item.backend),
+            ("Architecture", item.architecture),
             ("Sessions", str(item.session_count)),
             ("UID", item.uid),
         ],
         color=color,
     )
-    _section("Limitations", [clean(text) for text in item.limitations])
+    section("Limitations", [clean(text) for text in item.limitations])
     if item.slots:
         click.echo("\nSlots")
         rows = [
@@ -97,26 +59,17 @@ def agent(item: Agent, *, color: bool) -> None:
         tables.show(tables.Table(header, list(devices)), color=color)
 
 
-def _count(item: Endpoint) -> str:
-    text = f"{item.ready_replicas} of {item.desired_replicas} ready"
-    if item.desired_replicas != item.replica_count:
-        text += f" ({item.replica_count} asked for)"
-    return text
-
-
-def _slot(slot: str, amount: str) -> str:
-    return f"{slot}={tables.amount_text(slot, amount) if amount.isdigit() else amount}"
-
-
-def _facts(facts: Iterable[tuple[str, str]], *, color: bool) -> None:
-    for key, value in facts:
+def facts(pairs: Iterable[tuple[str, str]], *, color: bool, indent: int = 0) -> None:
+    """A line for each that has a value."""
+    for key, value in pairs:
         if value:
             # A painted status is ours, everything else may hold what a server or a model wrote.
-            text = value if value.startswith("\x1b") else clean(value)
-            click.echo(f"{key + ':':<16}{text}", color=color)
+            text = value if key == "Status" else clean(value)
+            click.echo(f"{' ' * indent}{key + ':':<16}{text}", color=color)
 
 
-def _section(title: str, lines: Sequence[str]) -> None:
+def section(title: str, lines: Sequence[str]) -> None:
+    """Nothing without lines."""
     if lines:
         click.echo(f"\n{title}")
         for line in lines:

@@ -6,9 +6,10 @@ from contextlib import aclosing
 
 import click
 
-from dure.client.cli import describe, live, tables
-from dure.client.cli.options import Duration, Shell, command
-from dure.client.cli.output import emit, emit_list
+from dure.client.cli import live, tables
+from dure.client.cli.options import FORMATS, Duration, Shell, command
+from dure.client.cli.output import dumps, emit, emit_list
+from dure.client.manifest import to_manifest
 from dure.v1.endpoint_pb2 import Event
 
 
@@ -43,13 +44,21 @@ async def list_(shell: Shell, watch: bool) -> None:
         )
 
 
-@command(endpoint, "get", output=True)
+@command(endpoint, "get", output=True, formats=(*FORMATS, "manifest"))
 @click.argument("name")
 @_watch
 async def get(shell: Shell, name: str, watch: bool) -> None:
-    """Show one endpoint, with its replicas and newest events."""
+    """Show one endpoint, with its replicas and newest events.
+
+    `-o manifest` prints what was asked for as a file for `dure apply`.
+    """
+    if watch and shell.output == "manifest":
+        raise click.UsageError("-o manifest prints one document: leave out --watch")
     async with shell.client() as client:
         item = await client.endpoints.get(name)
+        if shell.output == "manifest":
+            click.echo(dumps(to_manifest(item), "yaml"))
+            return
         if watch:
             async with aclosing(client.endpoints.watch(name)) as batches:
                 await live.watch_endpoints(shell, batches, one=True)
@@ -60,23 +69,26 @@ async def get(shell: Shell, name: str, watch: bool) -> None:
             for line in live.endpoint_lines(item, color=shell.color, wide=shell.output == "wide"):
                 click.echo(line)
         else:
+            # It stands on the commands of rollouts, which stand on this group.
+            from dure.client.cli import describe_endpoint
+
             events: list[Event] = []
             async with aclosing(client.endpoints.events(name)) as newest:
                 async for event in newest:
                     events.append(event)
-                    if len(events) == describe.EVENTS_SHOWN:
+                    if len(events) == describe_endpoint.EVENTS_SHOWN:
                         break
-            describe.endpoint(item, events, color=shell.color)
+            describe_endpoint.endpoint(item, events, color=shell.color)
 
 
 @command(endpoint, "replicas", output=True)
 @click.argument("name")
-@click.option("--all", "show_ended", is_flag=True, help="Those that have ended, too.")
+@click.option("--ended", "--all", "show_ended", is_flag=True, help="Those that have ended, too.")
 @_watch
 async def replicas(shell: Shell, name: str, show_ended: bool, watch: bool) -> None:
     """List the replicas of an endpoint."""
     if watch and show_ended:
-        raise click.UsageError("--watch shows living replicas only: leave out --all")
+        raise click.UsageError("--watch shows living replicas only: leave out --ended")
     async with shell.client() as client:
         if watch:
             await client.endpoints.get(name)
@@ -90,16 +102,22 @@ async def replicas(shell: Shell, name: str, show_ended: bool, watch: bool) -> No
         tables.show(tables.replicas(items, shell.output == "wide"), color=shell.color)
     else:
         click.echo(
-            f"No replicas; --all lists those that have ended, `dure endpoint get {name}` says why.", err=True
+            f"No replicas; --ended lists those that have ended, `dure endpoint get {name}` says why.",
+            err=True,
         )
 
 
 @command(endpoint, "events", output=True)
 @click.argument("name")
 @click.option("--since", "max_age_s", type=Duration(), help="Only younger ones, such as 15m.")
-async def events(shell: Shell, name: str, max_age_s: float | None) -> None:
+@click.option("-f", "--follow", is_flag=True, help="Oldest first, and go on with what happens.")
+async def events(shell: Shell, name: str, max_age_s: float | None, follow: bool) -> None:
     """List what happened to an endpoint, newest first."""
     async with shell.client() as client:
+        if follow:
+            async with aclosing(client.endpoints.follow_events(name, max_age_s=max_age_s)) as news:
+                await live.follow(shell, news, tables.events, live.EVENT_WIDTHS)
+            return
         items = [item async for item in client.endpoints.events(name, max_age_s=max_age_s)]
     if shell.output in ("json", "yaml", "name"):
         emit_list("events", items, shell.output)

@@ -2,96 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
 import click
 
-from dure.client.cli import live, tables
+from dure.client.cli import live, plan, tables
 from dure.client.cli.endpoint import endpoint
-from dure.client.cli.options import Pair, Shell, command, pairs, timeout, waiting
+from dure.client.cli.endpoint_fields import RESETS, anything, fields_of
+from dure.client.cli.endpoint_options import TakesCommand, settings
+from dure.client.cli.options import Shell, command, timeout, waiting
 from dure.client.cli.output import emit
 from dure.client.client import Client
+from dure.client.manifest import differs
+from dure.client.waiting import rollout_summary
 from dure.v1.endpoint_pb2 import Endpoint
+from dure.wire.errors import Conflict
+
+# Others may change an endpoint between our reading and our writing: then the change is made anew.
+TRIES = 4
+Result = TypeVar("Result")
+_dry_run = click.option("--dry-run", is_flag=True, help="Check everything, show the plan, change nothing.")
 
 
-@command(endpoint, "create", output=True)
+@command(endpoint, "create", output=True, cls=TakesCommand)
 @click.argument("name")
 @click.option("--model", required=True, metavar="FOLDER", help="Folder of usage `model`.")
-@click.option("--runtime", default="custom", show_default=True, help="How the model is served.")
-@click.option("--replicas", type=click.IntRange(0, 10_000), default=1, show_default=True, help="How many.")
-@click.option(
-    "-r",
-    "--resource",
-    "resources",
-    type=Pair(),
-    multiple=True,
-    help="Slots of each replica: cpu=1, mem=512m, cuda.shares=0.25 (of one GPU) or cuda.device=1.",
-)
-@click.option("-e", "--env", "environ", type=Pair(), multiple=True, help="Environment variables.")
-@click.option("--public/--no-public", default=False, help="Whether requests need no token.")
-@click.option("--model-mount", default="", metavar="PATH", help="Where the folder appears; default /models.")
-@click.option(
-    "--definition", default="", metavar="PATH", help="Definition file; default model-definition.yaml."
-)
-@click.option(
-    "--resource-group", default="", metavar="NAME", help="Where to place replicas; default `default`."
-)
+@settings
+@_dry_run
 @waiting()
 async def create(
-    shell: Shell,
-    name: str,
-    model: str,
-    runtime: str,
-    replicas: int,
-    resources: tuple[tuple[str, str], ...],
-    environ: tuple[tuple[str, str], ...],
-    public: bool,
-    model_mount: str,
-    definition: str,
-    resource_group: str,
-    wait: bool,
-    timeout_s: float,
+    shell: Shell, name: str, model: str, dry_run: bool, wait: bool, timeout_s: float, **given: Any
 ) -> None:
-    """Make an endpoint."""
+    """Make an endpoint.
+
+    Settings that are not given come from the preset, the folder's service definition or the runtime.
+    """
+    fields = fields_of(given)
     async with shell.client() as client:
-        item = await client.endpoints.create(
-            name,
-            model=model,
-            runtime=runtime,
-            replicas=replicas,
-            resource_slots=pairs("-r", resources),
-            environ=pairs("-e", environ),
-            open_to_public=public,
-            resource_group=resource_group,
-            model_mount_destination=model_mount,
-            model_definition_path=definition,
-        )
+        item = await client.endpoints.create(name, model=model, dry_run=dry_run, **fields)
+        if dry_run:
+            show_plan(shell, None, item)
+            show(shell, item)
+            return
         shell.say(f"endpoint {name} created" + (f" at {item.address}" if item.address else ""))
-        await _finish(shell, client, item, wait, timeout_s)
+        await finish(shell, client, item, wait, timeout_s)
     if not wait:
         shell.say(f"next: `dure endpoint wait {name}`, then `dure token create {name} --expires 1h`")
 
 
-@command(endpoint, "update", output=True)
+@command(endpoint, "update", output=True, cls=TakesCommand)
 @click.argument("name")
-@click.option("--replicas", type=click.IntRange(0, 10_000), help="How many.")
-@click.option("--public/--no-public", default=None, help="Whether requests need no token.")
+@settings
+@click.option(
+    "--reset",
+    type=click.Choice(RESETS),
+    multiple=True,
+    help="Back to the default. `-e KEY-`, `-r SLOT-` and `--mount FOLDER-` take single ones away.",
+)
 @click.option("--etag", default="", help="Only if nobody changed it since this etag was read.")
+@_dry_run
 @waiting()
 async def update(
-    shell: Shell,
-    name: str,
-    replicas: int | None,
-    public: bool | None,
-    etag: str,
-    wait: bool,
-    timeout_s: float,
+    shell: Shell, name: str, etag: str, dry_run: bool, wait: bool, timeout_s: float, **given: Any
 ) -> None:
-    """Change an endpoint."""
-    if replicas is None and public is None:
-        raise click.UsageError("nothing to change: give --replicas, --public or --no-public")
+    """Change what is given, and nothing else.
+
+    -e, -r and --mount add to what is there, or replace what has the same key.
+    """
+    if not anything(given):
+        raise click.UsageError("nothing to change: give at least one option such as --replicas or -e")
     async with shell.client() as client:
-        item = await client.endpoints.update(name, replicas=replicas, open_to_public=public, etag=etag)
-        shell.say(f"endpoint {name} changed")
-        await _finish(shell, client, item, wait, timeout_s)
+
+        async def change() -> tuple[Endpoint, Endpoint]:
+            before = await client.endpoints.get(name)
+            fields = fields_of(given, before)
+            if not fields:
+                return before, before
+            # What is put over the current values must not undo what somebody else changed meanwhile.
+            merged = {
+                "environ",
+                "resource_slots",
+                "extra_mounts",
+                "service",
+                "rollout_policy",
+            } & fields.keys()
+            guard = etag or (before.etag if merged else "")
+            return before, await client.endpoints.update(name, etag=guard, dry_run=dry_run, **fields)
+
+        before, item = await (change() if etag else again(change))
+        show_plan(shell, before, item)
+        if dry_run:
+            show(shell, item)
+            return
+        shell.say(f"endpoint {name} {'changed' if differs(before, item) else 'is so already'}")
+        await finish(shell, client, item, wait, timeout_s, before)
 
 
 @command(endpoint, "scale", output=True)
@@ -103,7 +108,7 @@ async def scale(shell: Shell, name: str, replicas: int, wait: bool, timeout_s: f
     async with shell.client() as client:
         item = await client.endpoints.update(name, replicas=replicas)
         shell.say(f"endpoint {name} scaled to {replicas}")
-        await _finish(shell, client, item, wait, timeout_s)
+        await finish(shell, client, item, wait, timeout_s)
 
 
 @command(endpoint, "retry", output=True)
@@ -114,7 +119,7 @@ async def retry(shell: Shell, name: str, wait: bool, timeout_s: float) -> None:
     async with shell.client() as client:
         item = await client.endpoints.retry(name)
         shell.say(f"endpoint {name} tries again")
-        await _finish(shell, client, item, wait, timeout_s)
+        await finish(shell, client, item, wait, timeout_s)
 
 
 @command(endpoint, "wait", output=True)
@@ -123,7 +128,7 @@ async def retry(shell: Shell, name: str, wait: bool, timeout_s: float) -> None:
 async def wait_(shell: Shell, name: str, timeout_s: float) -> None:
     """Wait until all replicas of an endpoint are healthy."""
     async with shell.client() as client:
-        await _finish(shell, client, await client.endpoints.get(name), True, timeout_s)
+        await finish(shell, client, await client.endpoints.get(name), True, timeout_s)
 
 
 @command(endpoint, "delete", output=True)
@@ -137,21 +142,50 @@ async def delete(shell: Shell, name: str, wait: bool, timeout_s: float) -> None:
             with live.wait_progress(shell) as notify:
                 await client.endpoints.wait_gone(name, timeout_s=timeout_s, notify=notify)
         shell.say(f"endpoint {name} {'deleted' if wait else 'is being deleted'}")
-        _emit(shell, item)
+        show(shell, item)
 
 
-async def _finish(shell: Shell, client: Client, item: Endpoint, wait: bool, timeout_s: float) -> None:
+async def again(change: Callable[[], Awaitable[Result]]) -> Result:
+    """Reads and writes once more when somebody else was faster."""
+    for _ in range(TRIES - 1):
+        try:
+            return await change()
+        except Conflict:
+            continue
+    return await change()
+
+
+def show_plan(shell: Shell, before: Endpoint | None, after: Endpoint) -> None:
+    """The changed fields and what they do; for people only."""
+    for line in plan.lines(before, after, color=shell.color):
+        shell.say(line)
+    shell.say(f"plan: {plan.effect(before, after)}")
+
+
+async def finish(
+    shell: Shell, client: Client, item: Endpoint, wait: bool, timeout_s: float, before: Endpoint | None = None
+) -> None:
+    """Waits if asked to (for the rollout of a revision that is new since `before`), and shows the result."""
     if wait:
+        rolled_out = before is not None and before.revision != item.revision
         with live.wait_progress(shell) as notify:
-            item = await client.endpoints.wait(item.name, timeout_s=timeout_s, notify=notify)
-        status = tables.status_word(item)
-        shell.say(
-            f"endpoint {tables.last(item.name)} is {status}" + (f" at {item.address}" if item.address else "")
-        )
-    _emit(shell, item)
+            item = await client.endpoints.wait(
+                item.name,
+                timeout_s=timeout_s,
+                notify=notify,
+                revision=item.revision if rolled_out else None,
+            )
+        name, status = tables.last(item.name), tables.status_word(item)
+        shell.say(f"endpoint {name} is {status}" + (f" at {item.address}" if item.address else ""))
+        if item.HasField("rollout") and item.rollout.waits:
+            shell.say(f"{rollout_summary(item.rollout)}: `dure endpoint rollout promote {name}`")
+        elif rolled_out:
+            shell.say(f"revision {item.revision} is rolled out")
+    show(shell, item)
 
 
-def _emit(shell: Shell, item: Endpoint) -> None:
+def show(shell: Shell, item: Endpoint) -> None:
+    """In the form that -o asks for; nothing without it."""
     if shell.output in ("json", "yaml", "name"):
         emit(item, shell.output)
     elif shell.output:

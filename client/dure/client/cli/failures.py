@@ -8,6 +8,7 @@ import traceback
 
 import click
 
+from dure.client.cli import chat_hints
 from dure.wire.errors import (
     AlreadyExists,
     Conflict,
@@ -16,6 +17,7 @@ from dure.wire.errors import (
     InvalidInput,
     ManagerUnreachable,
     NotFound,
+    PermissionDenied,
     Unauthenticated,
 )
 
@@ -54,6 +56,12 @@ def explain(error: DureError, arguments: list[str]) -> list[str]:
 def _next(error: DureError, arguments: list[str]) -> str:
     words = [argument for argument in arguments if not argument.startswith("-")]
     group, verb, name = [*words, "", "", ""][:3]
+    if group == "chat":
+        name = verb or "NAME"
+    if (group, verb) == ("endpoint", "rollout"):
+        name = [*words, "", "", "", ""][3]
+    elif group == "apply":
+        name = "NAME"
     match error.reason:
         case "NO_CONTEXT":
             return (
@@ -64,23 +72,39 @@ def _next(error: DureError, arguments: list[str]) -> str:
             return "mend the file, or write it anew with `dure context set --manager HOST:PORT --api-key KEY`"
         case "WAIT_TIMED_OUT":
             return f"`dure endpoint get {name}` shows what it waits for; `dure endpoint wait {name}` waits on"
+        case "ROLLED_BACK":
+            return f"`dure endpoint events {name}` says why, `dure endpoint history {name}` what changed"
+        case "ROLLOUT_PAUSED":
+            return (
+                f"`dure endpoint rollout resume {name}` goes on, `dure endpoint rollback {name}` goes back"
+            )
+        case "DRAIN_TIMED_OUT":
+            return f"`dure agent get {name} -w` waits on; `dure agent resume {name}` takes it back"
+        case "KEY_NOT_FOUND":
+            return "`dure key list` shows the keys"
+        case "MEMBER_NOT_FOUND":
+            return f"`dure user get {words[3] if len(words) > 3 else 'USER'}` shows the user's projects"
         case "WAIT_FAILED":
             return (
                 f"`dure endpoint events {name}` says what happened; "
                 f"when it is mended, `dure endpoint retry {name} --wait`"
             )
+        case reason if reason in chat_hints.NEXT:
+            return chat_hints.NEXT[reason]
     match error:
         case ManagerUnreachable():
             return (
                 "`dure doctor` says what is wrong; `dure context show` which manager it is; "
                 "`dure dev` starts a cluster on this machine"
             )
+        case PermissionDenied():
+            return "`dure user whoami` says who you are and what your key allows; `dure context list` has others"
         case Unauthenticated():
             return (
                 "`dure context show` says which API key is used; `dure context set --api-key KEY` changes it"
             )
         case NotFound():
-            if group == "endpoint" and verb == "create":
+            if group == "apply" or (group == "endpoint" and verb in ("create", "validate")):
                 return "`dure folder list` shows the folders"
             if group == "folder" and verb in ("ls", "rm", "download") and "has nothing at" in error.message:
                 return f"`dure folder ls {name}` shows the files"
@@ -88,8 +112,10 @@ def _next(error: DureError, arguments: list[str]) -> str:
                 return (
                     "`dure folder list` shows the folders; `dure folder create NAME --usage model` makes one"
                 )
-            if group == "token" and verb in ("show", "revoke"):
+            if group == "token" and verb in ("get", "show", "revoke"):
                 return "`dure token list ENDPOINT` shows the tokens"
+            if "revision" in error.message:
+                return f"`dure endpoint history {name}` shows the revisions"
             if group in ("endpoint", "token"):
                 return "`dure endpoint list` shows the endpoints"
             return "`dure agent list` shows the agents" if group == "agent" else ""

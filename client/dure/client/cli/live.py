@@ -19,8 +19,9 @@ from dure.v1.endpoint_pb2 import Endpoint, WatchEndpointsResponse
 
 POLL_S = 2.0
 # Narrow columns jump less while rows come one by one.
-_ENDPOINT_WIDTHS = (16, 11, 5, 3, 24, 4)
+_ENDPOINT_WIDTHS = (16, 11, 5, 3, 6, 24, 4)
 _REPLICA_WIDTHS = (12, 3, 12, 6, 11, 16, 4)
+EVENT_WIDTHS = (4, 7, 20, 12)
 
 
 @contextmanager
@@ -78,6 +79,18 @@ async def watch_endpoints(
             printer.removed(name)
         if one and batch.synced and not current:
             return
+
+
+async def follow(
+    shell: Shell,
+    items: AsyncIterator[Any],
+    table: Callable[[Sequence[Any]], tables.Table],
+    widths: Sequence[int],
+) -> None:
+    """Prints things one by one as they come: rows, or a document for each."""
+    printer = RowPrinter(shell)
+    async for item in items:
+        printer.show([item], table([item]), widths)
 
 
 async def poll_table(shell: Shell, fetch: Callable[[], Any], table: Callable[[Any], tables.Table]) -> None:

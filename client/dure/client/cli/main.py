@@ -19,19 +19,33 @@ _COMMANDS = {
     "dev": ("dure.client.cli.dev:dev", "Run a whole cluster on this machine."),
     "demo": ("dure.client.cli.demo:demo", "Serve a real model on this machine, step by step."),
     "doctor": ("dure.client.cli.doctor:doctor", "Check the cluster of the current context."),
-    "endpoint": ("dure.client.cli.endpoint_change:endpoint", "Model services: create, scale, watch, delete."),
-    "folder": ("dure.client.cli.folder:folder", "Folders with models and data: upload, download."),
+    "apply": ("dure.client.cli.apply:apply", "Make or change endpoints as files say."),
+    "endpoint": (
+        "dure.client.cli.endpoint_commands:endpoint",
+        "Model services: create, update, scale, roll out, explain.",
+    ),
+    "logs": ("dure.client.cli.endpoint_logs:logs", "What the sessions of an endpoint wrote."),
+    "folder": ("dure.client.cli.folder_check:folder", "Folders with models and data: upload, check, download."),
+    "model": ("dure.client.cli.model:model", "Models, and what they need: list, run."),
+    "runtime": ("dure.client.cli.runtime:runtime", "Baselines of services, such as vllm: list, add."),
+    "chat": ("dure.client.cli.chat:chat", "Talk to a language model that an endpoint serves."),
     "token": ("dure.client.cli.token:token", "Tokens to call an endpoint with."),
     "join-token": ("dure.client.cli.join_token:join_token", "Let agents and proxies join."),
+    "project": ("dure.client.cli.project:project", "Projects: quotas, usage, members, who changed what."),
+    "user": ("dure.client.cli.user:user", "Users and their roles; `whoami`."),
+    "key": ("dure.client.cli.key:key", "API keys."),
+    "group": ("dure.client.cli.group:group", "Resource groups: sets of agents with a policy."),
+    "preset": ("dure.client.cli.preset:preset", "Presets: named sets of slots."),
+    "image": ("dure.client.cli.image:image", "Container images that endpoints may name."),
     "context": ("dure.client.cli.context:context", "Which manager to talk to, as whom."),
 }
 _PROGRAMS = {
     "manager": "Run the manager.",
-    "agent": "Run an agent on this node; `list` and `get` show all agents.",
+    "agent": "Run an agent on this node; `list`, `get`, `drain` and `resume` manage all.",
     "proxy": "Run an app proxy.",
 }
 PROGRAMS_GROUP = "dure.programs"
-_CLIENT_AGENT_WORDS = ("list", "get")
+_CLIENT_AGENT_WORDS = ("list", "get", "drain", "resume")
 
 
 class Root(click.Group):
@@ -79,7 +93,10 @@ def load_program(name: str) -> click.Command:
         if not isinstance(command, click.Command):
             raise click.ClickException(f"`dure {name}` cannot be run: {entry.value} is not a command")
         if name == "agent":
-            command.epilog = "`dure agent list` and `dure agent get NAME` show the agents of the cluster."
+            command.epilog = (
+                "`dure agent list` and `dure agent get NAME` show the agents of the cluster, "
+                "`dure agent drain NAME` empties one."
+            )
         return command
     raise click.ClickException(f"`dure {name}` is not installed here")
 

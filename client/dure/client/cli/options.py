@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from dure.client.client import Client
+from dure.client.context import CONTEXT_NAME, saved_path
 from dure.wire.quantities import parse_duration_s
 
 FORMATS = ("table", "wide", "json", "yaml", "name")
@@ -31,8 +32,8 @@ class Shell:
     project: str | None
     context: Path | None
 
-    def client(self) -> Client:
-        return Client.from_context(self.context, project=self.project, retry_s=RETRY_S)
+    def client(self, project: str | None = None) -> Client:
+        return Client.from_context(self.context, project=project or self.project, retry_s=RETRY_S)
 
     @property
     def color(self) -> bool:
@@ -63,6 +64,17 @@ class Duration(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
+class ContextFile(click.ParamType[Path]):
+    """A context by its name (`dure context list`), or by its file."""
+
+    name = "context"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        text = str(value)
+        saved = saved_path(text) if CONTEXT_NAME.fullmatch(text) else None
+        return saved if saved is not None and saved.exists() else Path(text)
+
+
 class Pair(click.ParamType[tuple[str, str]]):
     """`KEY=VALUE`."""
 
@@ -90,9 +102,18 @@ def pairs(option: str, given: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 
 def command(
-    group: click.Group, name: str, *, output: bool = False
+    group: click.Group,
+    name: str,
+    *,
+    output: bool = False,
+    formats: tuple[str, ...] = FORMATS,
+    cls: type[click.Command] = click.Command,
+    scoped: bool = True,
 ) -> Callable[[Callable[..., Awaitable[int | None]]], click.Command]:
-    """Makes a client command of an async function that takes a Shell and the parameters."""
+    """Makes a client command of an async function that takes a Shell and the parameters.
+
+    `scoped` False leaves out --project, for what belongs to no project.
+    """
 
     def decorate(function: Callable[..., Awaitable[int | None]]) -> click.Command:
         @functools.wraps(function)
@@ -101,7 +122,7 @@ def command(
                 output=parameters.pop("output", None),
                 quiet=parameters.pop("quiet"),
                 no_color=parameters.pop("no_color"),
-                project=parameters.pop("project"),
+                project=parameters.pop("project") if scoped else None,
                 context=parameters.pop("context_file"),
             )
 
@@ -112,22 +133,29 @@ def command(
 
         wrapped: Callable[..., Any] = run
         if output:
-            wrapped = click.option("-o", "--output", type=click.Choice(FORMATS), help="Form of the output.")(
+            wrapped = click.option("-o", "--output", type=click.Choice(formats), help="Form of the output.")(
                 wrapped
             )
         for option in (
             click.option("-q", "--quiet", is_flag=True, help="Print only what was asked for."),
             click.option("--no-color", is_flag=True, help="No colours."),
-            click.option("--project", metavar="NAME", help="Another project than the context's."),
+            click.option(
+                "--project",
+                metavar="NAME",
+                envvar="DURE_PROJECT",
+                help="Another project than the context's; also $DURE_PROJECT.",
+            )
+            if scoped
+            else None,
             click.option(
                 "--context",
                 "context_file",
-                type=click.Path(path_type=Path, dir_okay=False),
-                help="Another context file.",
+                type=ContextFile(),
+                help="Another context: its name, or its file.",
             ),
         ):
-            wrapped = option(wrapped)
-        return group.command(name)(wrapped)
+            wrapped = option(wrapped) if option is not None else wrapped
+        return group.command(name, cls=cls)(wrapped)
 
     return decorate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -14,15 +14,16 @@ import click
 
 from dure.client.cli.output import enum_word
 from dure.client.cli.text import GAP, age, align, cells, clean, cut, duration_span, moment
+from dure.client.notation import amount
 from dure.v1.agent_pb2 import Agent
-from dure.v1.endpoint_pb2 import Endpoint, Event, Replica
+from dure.v1.endpoint_pb2 import Endpoint, Event, NodeExplanation, Replica, Revision
 from dure.v1.folder_pb2 import File, Folder
 from dure.v1.token_pb2 import Token
 from dure.wire.quantities import human_bytes
 
-_GOOD = {"HEALTHY", "ALIVE", "ACTIVE"}
+_GOOD = {"HEALTHY", "ALIVE", "ACTIVE", "CURRENT"}
 _BAD = {"BLOCKED", "UNHEALTHY", "FAILED", "LOST", "REVOKED"}
-_CALM = {"STOPPED", "IDLE", "TERMINATED", "EXPIRED", "TERMINATING"}
+_CALM = {"STOPPED", "IDLE", "TERMINATED", "EXPIRED", "TERMINATING", "REPLACED"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def last(name: str) -> str:
 
 def endpoints(items: Sequence[Endpoint], wide: bool = False, now: datetime | None = None) -> Table:
     now = now or datetime.now(UTC)
-    header = ["NAME", "STATUS", "READY", "REV", "ADDRESS", "AGE"]
+    header = ["NAME", "STATUS", "READY", "REV", "SHARES", "ADDRESS", "AGE"]
     if wide:
         header += ["MODEL", "RUNTIME", "PUBLIC", "GROUP", "SLOTS", "UID"]
     rows = []
@@ -86,17 +87,38 @@ def endpoints(items: Sequence[Endpoint], wide: bool = False, now: datetime | Non
             last(item.name),
             status_word(item),
             f"{item.ready_replicas}/{item.desired_replicas}",
-            str(item.revision),
+            revision_text(item),
+            share_text(slots_of(item)),
             item.address,
             age(item.create_time, now),
         ]
         if wide:
-            slots = ",".join(f"{slot}={item.resource_slots[slot]}" for slot in sorted(item.resource_slots))
+            slots = ",".join(f"{slot}={amount(slot, text)}" for slot, text in sorted(slots_of(item).items()))
             public = "yes" if item.open_to_public else "no"
             row += [last(item.model), item.runtime, public, item.resource_group, slots, item.uid]
         row.append("" if row[1] == "HEALTHY" else item.status_reason)
         rows.append(row)
     return Table([*header, "REASON"], list(rows), status=1)
+
+
+def slots_of(item: Endpoint) -> Mapping[str, str]:
+    """What each kernel gets, as far as it is known."""
+    return item.resolved.resource_slots or item.resource_slots
+
+
+def share_text(slots: Mapping[str, str]) -> str:
+    """What part of GPUs each kernel gets: `0.25`, or `2 GPU`."""
+    if "cuda.device" in slots:
+        return f"{slots['cuda.device']} GPU"
+    return slots.get("cuda.shares", "")
+
+
+def revision_text(item: Endpoint) -> str:
+    """`3`, or `2->3 25%` while a rollout moves requests from one to the other."""
+    if not item.HasField("rollout"):
+        return str(item.revision)
+    rollout = item.rollout
+    return f"{rollout.from_revision or ''}->{rollout.to_revision} {rollout.weight}%"
 
 
 def replicas(items: Sequence[Replica], wide: bool = False, now: datetime | None = None) -> Table:
@@ -109,7 +131,7 @@ def replicas(items: Sequence[Replica], wide: bool = False, now: datetime | None 
         row = [
             short_uid(item.uid),
             str(item.revision),
-            last(item.node),
+            nodes(item),
             shares(item),
             status_word(item),
             probe(item),
@@ -120,6 +142,41 @@ def replicas(items: Sequence[Replica], wide: bool = False, now: datetime | None 
             row += [str(item.pid) if item.pid else "", item.target, item.session, devices, item.uid]
         rows.append([*row, item.reason or item.probe.detail])
     return Table([*header, "REASON"], list(rows), status=4)
+
+
+def nodes(item: Replica) -> str:
+    """The agents of its kernels, main1's first."""
+    names = [last(item.node), *(last(kernel.node) for kernel in item.kernels)]
+    return ",".join(dict.fromkeys(name for name in names if name))
+
+
+def kernels(items: Sequence[Replica]) -> Table:
+    """The kernels of replicas that have several."""
+    rows = []
+    for item in items:
+        for kernel in item.kernels:
+            devices = ",".join(f"{share.device}={share.amount}" for share in kernel.devices)
+            pid = str(kernel.pid) if kernel.pid else ""
+            rows.append([short_uid(item.uid), kernel.host, last(kernel.node), devices, pid, kernel.message])
+    return Table(["REPLICA", "KERNEL", "NODE", "DEVICES", "PID", "MESSAGE"], list(rows))
+
+
+def revisions(items: Sequence[Revision], wide: bool = False, now: datetime | None = None) -> Table:
+    now = now or datetime.now(UTC)
+    header = ["REV", "STATE", "AGE", "AUTHOR", *(["NAME"] if wide else []), "CHANGE"]
+    rows = []
+    for item in items:
+        row = [str(item.number), status_word(item, "state"), age(item.create_time, now), item.author]
+        change = (
+            f"{item.change} ({item.reason})" if item.reason and item.change else item.change or item.reason
+        )
+        rows.append([*row, *([item.name] if wide else []), change])
+    return Table(header, list(rows), status=1)
+
+
+def explained(items: Sequence[NodeExplanation]) -> Table:
+    rows = [[last(item.node), "yes" if item.fits else "no", item.reason] for item in items]
+    return Table(["NODE", "FITS", "REASON"], list(rows))
 
 
 def short_uid(uid: str) -> str:
@@ -196,22 +253,35 @@ def files(items: Sequence[File]) -> Table:
 def agents(items: Sequence[Agent], wide: bool = False) -> Table:
     header = ["NAME", "STATUS", "GROUP", "CPU", "MEM", "SHARES", "SESSIONS", "HEARD"]
     if wide:
-        header += ["GPUS", "ADDRESS", "VERSION", "BACKEND", "UID"]
+        header += ["GPUS", "ARCH", "ADDRESS", "VERSION", "BACKEND", "UID"]
     rows = []
     for item in items:
         amounts = {amount.slot: amount for amount in item.slots}
         row = [
             last(item.name),
-            status_word(item),
+            agent_word(item),
             item.resource_group,
             *(_used(amounts.get(slot)) for slot in ("cpu", "mem", "cuda.shares")),
             str(item.session_count),
             f"{duration_span(item.last_heard)} ago" if item.HasField("last_heard") else "",
         ]
         if wide:
-            row += [gpus(item), item.advertise_address, item.version, item.backend, item.uid]
+            row += [
+                gpus(item),
+                item.architecture,
+                item.advertise_address,
+                item.version,
+                item.backend,
+                item.uid,
+            ]
         rows.append([*row, "" if row[1] == "ALIVE" else item.status_reason])
     return Table([*header, "REASON"], list(rows), status=1)
+
+
+def agent_word(item: Agent) -> str:
+    """Its status; DRAINING for one that is there but gets no new sessions."""
+    word = status_word(item)
+    return "DRAINING" if item.draining and word == "ALIVE" else word
 
 
 def gpus(agent: Agent) -> str:

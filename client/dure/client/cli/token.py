@@ -10,6 +10,8 @@ from dure.client.cli import tables
 from dure.client.cli.options import Shell, command
 from dure.client.cli.output import emit, emit_list
 from dure.client.cli.text import moment, parse_expiry
+from dure.client.client import Client
+from dure.v1 import token_pb2
 from dure.v1.token_pb2 import Token
 
 
@@ -41,21 +43,34 @@ async def create(shell: Shell, endpoint: str, expires: timedelta | datetime, lab
         _show(shell, await client.tokens.create(endpoint, expires, label), created=True)
 
 
-@command(token, "show", output=True)
+@command(token, "get", output=True)
 @click.argument("name", metavar="[ENDPOINT] TOKEN", nargs=-1, required=True)
-async def show(shell: Shell, name: tuple[str, ...]) -> None:
-    """Show a token again, its secret included; -q prints just the secret."""
-    endpoint, which = _which(name)
+async def get(shell: Shell, name: tuple[str, ...]) -> None:
+    """Show a token again, its secret included; -q prints just the secret.
+
+    TOKEN is its id, the end of that, or its label; or, without ENDPOINT, its full name.
+    """
     async with shell.client() as client:
-        _show(shell, await client.tokens.get(which, endpoint), created=False)
+        _show(shell, await client.tokens.get(await _name(client, name)), created=False)
+
+
+# `get` is what the other groups say.
+token.add_command(get, "show")
 
 
 @command(token, "list", output=True)
 @click.argument("endpoint")
-async def list_(shell: Shell, endpoint: str) -> None:
+@click.option("--label", help="Only those with this label.")
+@click.option("--active", is_flag=True, help="Only those that work.")
+async def list_(shell: Shell, endpoint: str, label: str | None, active: bool) -> None:
     """List the tokens of an endpoint, newest first."""
     async with shell.client() as client:
-        items = [item async for item in client.tokens.list(endpoint)]
+        items = [
+            item
+            async for item in client.tokens.list(endpoint)
+            if (label is None or item.label == label)
+            and not (active and item.status != token_pb2.TOKEN_STATUS_ACTIVE)
+        ]
     if shell.output in ("json", "yaml", "name"):
         emit_list("tokens", items, shell.output)
     elif shell.quiet:
@@ -64,27 +79,36 @@ async def list_(shell: Shell, endpoint: str) -> None:
     elif items or shell.output:
         tables.show(tables.tokens(items, shell.output == "wide"), color=shell.color)
     else:
-        click.echo(f"No tokens. `dure token create {endpoint} --expires 1h` issues one.", err=True)
+        such = " such" if active or label is not None else ""
+        click.echo(f"No{such} tokens. `dure token create {endpoint} --expires 1h` issues one.", err=True)
 
 
 @command(token, "revoke", output=True)
 @click.argument("name", metavar="[ENDPOINT] TOKEN", nargs=-1, required=True)
 async def revoke(shell: Shell, name: tuple[str, ...]) -> None:
-    """Revoke a token: within a second no proxy accepts it."""
-    endpoint, which = _which(name)
+    """Revoke a token: within a second no proxy accepts it.
+
+    TOKEN is its id, the end of that, or its label; or, without ENDPOINT, its full name.
+    """
     async with shell.client() as client:
-        item = await client.tokens.revoke(which, endpoint)
-    shell.say(f"token {item.uid} revoked")
+        item = await client.tokens.revoke(await _name(client, name))
+    label = f" ({item.label})" if item.label else ""
+    shell.say(f"token {item.uid}{label} revoked")
     if shell.output in ("json", "yaml", "name"):
         emit(item, shell.output)
     elif shell.output:
         tables.show(tables.tokens([item], shell.output == "wide"), color=shell.color)
 
 
-def _which(name: tuple[str, ...]) -> tuple[str | None, str]:
+async def _name(client: Client, name: tuple[str, ...]) -> str:
+    """The full name of the token that is meant. Raises UsageError, NotFound, InvalidInput."""
     if len(name) > 2 or (len(name) == 1 and "/" not in name[0]):
-        raise click.UsageError("give ENDPOINT and the token's ID, or its full name (`-o name` prints it)")
-    return (name[0], name[1]) if len(name) == 2 else (None, name[0])
+        raise click.UsageError(
+            "give ENDPOINT and the token's id or label, or its full name (`-o name` prints it)"
+        )
+    if len(name) == 1 or "/" in name[1]:
+        return name[-1]
+    return (await client.tokens.find(*name)).name
 
 
 def _show(shell: Shell, item: Token, *, created: bool) -> None:

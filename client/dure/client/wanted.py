@@ -1,0 +1,66 @@
+"""What the user of an endpoint may ask for, as keyword arguments of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+from dure.v1 import endpoint_pb2
+from dure.v1.endpoint_pb2 import Endpoint, ExtraMount, RolloutPolicy, ServiceOverride
+from dure.wire.errors import InvalidInput, Violation
+
+ClusterMode = Literal["single-node", "multi-node"]
+CLUSTER_MODES: dict[str, endpoint_pb2.ClusterMode.ValueType] = {
+    "single-node": endpoint_pb2.CLUSTER_MODE_SINGLE_NODE,
+    "multi-node": endpoint_pb2.CLUSTER_MODE_MULTI_NODE,
+}
+
+
+class EndpointFields(TypedDict, total=False):
+    """What is left out is the manager's default in `create`, and stays as it is in `update`.
+
+    In `update` a mapping, a list or a message replaces the whole one that was there; an empty one goes back
+    to the default.
+    """
+
+    runtime: str
+    model_mount_destination: str
+    model_definition_path: str
+    replicas: int
+    open_to_public: bool
+    resource_group: str
+    resource_slots: Mapping[str, str]
+    environ: Mapping[str, str]
+    cluster_mode: ClusterMode
+    cluster_size: int
+    image: str
+    architecture: str
+    preset: str
+    shared_memory: str
+    priority: int
+    extra_mounts: Sequence[ExtraMount]
+    service: ServiceOverride
+    rollout_policy: RolloutPolicy
+
+
+def endpoint_of(fields: EndpointFields) -> tuple[Endpoint, list[str]]:
+    """The message with these fields, and the paths of a mask that names them. Raises InvalidInput."""
+    wanted, paths = Endpoint(), []
+    for key, value in fields.items():
+        path = "replica_count" if key == "replicas" else key
+        paths.append(path)
+        if path == "cluster_mode":
+            if value not in CLUSTER_MODES:
+                raise InvalidInput.of(
+                    [Violation(path, f"`{value}` is none of: {', '.join(sorted(CLUSTER_MODES))}")]
+                )
+            wanted.cluster_mode = CLUSTER_MODES[str(value)]
+        elif path in ("resource_slots", "environ"):
+            getattr(wanted, path).update(value)
+        elif path == "extra_mounts":
+            wanted.extra_mounts.extend(value)  # type: ignore[arg-type]
+        elif path in ("service", "rollout_policy"):
+            getattr(wanted, path).CopyFrom(value)
+        else:
+            setattr(wanted, path, value)
+    return wanted, paths
