@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from system.cluster import Cluster, cluster, load
+from system.cluster import Cluster, load
 
 from dure.client import Client
 from dure.v1 import endpoint_pb2
@@ -50,7 +50,7 @@ models:
 async def served(client: Client, name: str, replicas: int, **fields: object) -> Endpoint:
     await client.endpoints.create(
         name,
-        model="m",
+        model="mode",
         replicas=replicas,
         resource_slots=SLOTS,
         environ={"MODE": "a"},
@@ -81,11 +81,9 @@ def answers(counts: dict[str, int]) -> None:
     assert counts["200"] > 50
 
 
-@pytest.fixture(scope="module")
-def dure(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    with cluster(tmp_path_factory.mktemp("rollouts") / "d", agents=2) as running:
-        running.model("m", DEFINITION, SERVER)
-        yield running
+@pytest.fixture(scope="module", autouse=True)
+def mode(dure: Cluster) -> None:
+    dure.model("mode", DEFINITION, SERVER)
 
 
 def client_of(dure: Cluster) -> Client:
@@ -113,13 +111,13 @@ def test_rolling_and_back(dure: Cluster) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("mode", "why"), [("bad", "cannot find the weights"), ("deaf", "500")])
-def test_a_revision_that_does_not_come_up_is_rolled_back(dure: Cluster, mode: str, why: str) -> None:
+@pytest.mark.parametrize(("how", "why"), [("bad", "cannot find the weights"), ("deaf", "500")])
+def test_a_revision_that_does_not_come_up_is_rolled_back(dure: Cluster, how: str, why: str) -> None:
     async def run() -> None:
         async with client_of(dure) as client:
-            before = await served(client, f"bad-{mode}", 2)
+            before = await served(client, f"bad-{how}", 2)
             async with load(before.address) as counts:
-                await client.endpoints.update(before.name, environ={"MODE": mode})
+                await client.endpoints.update(before.name, environ={"MODE": how})
                 with pytest.raises(DureError, match=why):
                     await client.endpoints.wait(before.name, timeout_s=60, revision=2)
             answers(counts)

@@ -268,8 +268,8 @@ class EndpointGroup:
         """Returns when it is as its user wants it: all replicas HEALTHY, or none left where none are wanted.
 
         With a `revision` all of them must run it, and a rollout that waits for ResumeRollout ends the wait.
-        Fails early when it is BLOCKED or deleted, or went back to another revision. Raises TimedOut.
-        `notify` sees every change.
+        Fails early when it cannot get there by itself: it is BLOCKED, deleted, went back to another revision,
+        or its rollout is paused. Raises TimedOut. `notify` sees every change.
         """
         batches = self.watch(name, reconnect_s=reconnect_s)
         try:

@@ -8,6 +8,7 @@ from dure.v1 import endpoint_pb2
 from dure.v1.endpoint_pb2 import Endpoint, EndpointStatus, Rollout, RolloutStrategy
 
 _SERVED_OUT = (endpoint_pb2.REPLICA_STATUS_TERMINATED, endpoint_pb2.REPLICA_STATUS_FAILED)
+_AT_ZERO = (endpoint_pb2.ENDPOINT_STATUS_STOPPED, endpoint_pb2.ENDPOINT_STATUS_IDLE)
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,26 @@ def judge(endpoint: Endpoint, revision: int | None = None) -> Verdict:
             failed=f"revision {revision} of endpoint {name} was not kept; now it is {endpoint.revision}",
             reason="ROLLED_BACK",
         )
-    if endpoint.HasField("rollout"):
-        rollout = endpoint.rollout
-        if revision is not None and rollout.paused:
-            return Verdict(
-                failed=f"the rollout of endpoint {name} is paused: {rollout.detail or 'no reason'}"
-            )
-        return Verdict(done=revision is not None and rollout.waits)
+    if endpoint.HasField("rollout") and status not in _AT_ZERO:
+        return _judge_rollout(name, endpoint.rollout, ends_when_it_waits=revision is not None)
     living = [replica for replica in endpoint.replicas if replica.status not in _SERVED_OUT]
-    if status in (endpoint_pb2.ENDPOINT_STATUS_STOPPED, endpoint_pb2.ENDPOINT_STATUS_IDLE):
+    if status in _AT_ZERO:
         return Verdict(done=not living)
     if status != endpoint_pb2.ENDPOINT_STATUS_HEALTHY or endpoint.ready_replicas != endpoint.desired_replicas:
         return Verdict()
     if revision is not None and any(replica.revision != revision for replica in living):
         return Verdict()
     return Verdict(done=len(living) == endpoint.desired_replicas)
+
+
+def _judge_rollout(name: str, rollout: Rollout, *, ends_when_it_waits: bool) -> Verdict:
+    if rollout.paused:
+        detail = rollout.detail and f": {rollout.detail}"
+        return Verdict(failed=f"the rollout of endpoint {name} is paused{detail}", reason="ROLLOUT_PAUSED")
+    if rollout.waits and not ends_when_it_waits:
+        detail = rollout_summary(rollout)
+        return Verdict(failed=f"endpoint {name} does not go on by itself: {detail}", reason="ROLLOUT_WAITS")
+    return Verdict(done=rollout.waits)
 
 
 def summary(endpoint: Endpoint) -> str:
@@ -66,14 +72,10 @@ def summary(endpoint: Endpoint) -> str:
 
 
 def rollout_summary(rollout: Rollout) -> str:
-    """`revision 2 -> 3, canary step 1 with 10% of the requests, waits to be promoted`."""
+    """`revision 2 -> 3, canary, 10% of the requests, waits to be promoted`; its detail says more."""
     strategy = RolloutStrategy.Name(rollout.strategy).removeprefix("ROLLOUT_STRATEGY_").lower()
-    text = (
-        f"revision {rollout.from_revision or 'none'} -> {rollout.to_revision}, {strategy.replace('_', '-')}"
-    )
-    if rollout.step:
-        text += f" step {rollout.step}"
-    text += f" with {rollout.weight}% of the requests"
+    text = f"revision {rollout.from_revision or 'none'} -> {rollout.to_revision}, "
+    text += f"{strategy.replace('_', '-')}, {rollout.weight}% of the requests"
     if rollout.paused:
         text += ", paused"
     elif rollout.waits:

@@ -6,6 +6,7 @@ Only what users ask for (fields 10 to 49 of Endpoint) is looked at.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from dure.wire.errors import InvalidInput, Violation
 _FIELDS = [field for field in endpoint_pb2.Endpoint.DESCRIPTOR.fields if 10 <= field.number < 50]
 ASKED = tuple(field.name for field in _FIELDS)
 UPDATABLE = tuple(name for name in ASKED if name != "model")
+_MAPS = ("resource_slots", "environ")
 CHARACTERS_MAX = 60
 
 
@@ -56,7 +58,9 @@ def describe_changes(before: endpoint_pb2.Endpoint, after: endpoint_pb2.Endpoint
     """`environ.MODE a -> b, resource_slots.cpu 1 -> 2`; empty if nothing was asked for differently."""
     old, new = dict(_flat(_canonical(before))), dict(_flat(_canonical(after)))
     told = []
-    for key in dict.fromkeys([*old, *new]):
+    # Stable, so that the keys of a map come in their own order, and all else as the fields stand.
+    keys = sorted(sorted({*old, *new}, key=[*old, *new].index), key=_position)
+    for key in keys:
         if key not in new:
             told.append(f"{key} {_shown(old[key])} removed")
         elif key not in old:
@@ -94,6 +98,11 @@ def _canonical(endpoint: endpoint_pb2.Endpoint) -> Mapping[str, Any]:
     # Zero and false are values here, not absences.
     value |= {"replica_count": message.replica_count, "open_to_public": message.open_to_public}
     return {name: value[name] for name in ASKED if name in value}
+
+
+def _position(key: str) -> tuple[int, str]:
+    field = re.split(r"[.\[]", key, maxsplit=1)[0]
+    return ASKED.index(field), key if field in _MAPS else ""
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

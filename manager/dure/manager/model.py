@@ -91,7 +91,7 @@ class Exit:
 
 @dataclass(frozen=True)
 class KernelView:
-    """A kernel, as far as its replica's fate depends on it."""
+    """A kernel, as far as its replica's fate depends on it. `name` is its host name in the session."""
 
     uid: str
     agent_uid: str
@@ -103,6 +103,7 @@ class KernelView:
     port: int = 0
     message: str = ""
     exit: Exit | None = None
+    name: str = "main1"
 
 
 @dataclass(frozen=True)

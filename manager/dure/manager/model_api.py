@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import grpc.aio
@@ -118,11 +119,10 @@ class ModelApi(model_pb2_grpc.ModelServiceServicer):
         except InvalidInput as error:
             problems = [Problem(wrong.field, 0, "", wrong.description) for wrong in error.violations]
             return Report(problems, [])
-        for name in report.missing:
-            if all(problem.file != name for problem in report.problems):
-                say = "there is no such file in the folder; the model store runs a model by it"
-                report.problems.append(Problem(name, 0, "", say))
-        return report
+        told = {problem.file for problem in report.problems}
+        say = "there is no such file in the folder; the model store runs a model by it"
+        missing = [Problem(name, 0, "", say) for name in report.missing if name not in told]
+        return replace(report, problems=[*report.problems, *missing])
 
 
 def endpoint_id_of(folder: str) -> str:

@@ -284,6 +284,8 @@ def _fail_by_exit(
         if ended.log_tail.strip():
             last = " | ".join(line for line in ended.log_tail.strip().splitlines()[-5:] if line.strip())
             reason += f"; last log lines: {last[:600]}"
+        if len(replica.kernels) > 1:
+            reason = f"kernel {exited.name} on {exited.agent_name}: {reason}"
         infrastructure = ended.reason in _INFRASTRUCTURE
     # One that served and then died is replaced; only those that never came up lead to BLOCKED.
     counts = not infrastructure and not replica.was_healthy

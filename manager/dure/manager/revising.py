@@ -221,6 +221,8 @@ class Revising:
             sentence = "errors are cleared; replicas are started again"
             current = await tx.session.get_one(schema.Revision, (row.uid, row.revision))
             if draft.differs(current):
+                spec, count = draft.spec, row.replica_count
+                await quota.check(tx.session, project, row.uid, count, spec["cluster_size"], spec["slots"])
                 await new_revision(tx, row, draft, "the definition file has changed")
                 sentence += f" as revision {row.revision}, since the definition file has changed"
             elif row.rollout:

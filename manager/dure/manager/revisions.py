@@ -15,14 +15,13 @@ from google.protobuf import json_format
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dure.definitions import model, service
-from dure.definitions.problems import Problem
+from dure.definitions.service import RuntimeSection
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import asked as fields
 from dure.manager import changes, runtimes, schema
 from dure.manager.asked import check_replica_count as check_replica_count
 from dure.manager.catalogs import Catalogs, Image
-from dure.manager.definitions import check_folder
+from dure.manager.definitions import read_files
 from dure.manager.folders import Folders
 from dure.manager.mounts import extra_mounts, model_folder
 from dure.v1 import catalog_pb2, endpoint_pb2
@@ -96,17 +95,6 @@ class Draft:
         )
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Definition files of a model folder, as far as the runtime reads them."""
-
-    definition: model.Definition | None
-    path: str
-    text: str
-    section: service.RuntimeSection
-    ggufs: list[str]
-
-
 async def draft(
     session: AsyncSession,
     folders: Folders,
@@ -128,7 +116,7 @@ async def draft(
     files = None
     if folder is not None and runtime is not None:
         known = await catalogs.runtime_names()
-        files = await _read_files(folders, folder, asked, runtime, known, violations)
+        files = await read_files(folders, folder, asked, runtime, known, violations)
     if folder is None or runtime is None or files is None:
         raise InvalidInput.of(violations)
     section = files.section
@@ -249,58 +237,9 @@ def _checked(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> endp
     return asked
 
 
-async def _read_files(
-    folders: Folders,
-    folder: schema.Folder,
-    asked: endpoint_pb2.Endpoint,
-    runtime: catalog_pb2.Runtime,
-    known: list[str],
-    violations: list[Violation],
-) -> _Files | None:
-    """The model definition if the runtime reads one, the service definition if there is one."""
-    path = asked.model_definition_path
-    try:
-        report = await check_folder(folders, folder, known, path)
-    except InvalidInput as error:
-        for wrong in error.violations:
-            field = f"endpoint.{wrong.field}" if wrong.field == "model_definition_path" else wrong.field
-            violations.append(Violation(field, wrong.description))
-        return None
-    reads = runtime.reads_model_definition
-    problems = [p for p in report.problems if reads or p.file == service.SERVICE_FILE]
-    violations.extend(_uploadable(problem, folder.name) for problem in problems)
-    ggufs = await _ggufs(folders, folder) if _wants_gguf(runtime, asked) else []
-    if problems:
-        return None
-    section = (report.service or {}).get(asked.runtime, service.RuntimeSection())
-    definition = report.definition if reads else None
-    read = report.files[0] if definition is not None else ""
-    return _Files(definition, read, report.text if reads else "", section, ggufs)
-
-
-def _uploadable(problem: Problem, folder: str) -> Violation:
-    """A file that is missing: what to do is to upload it."""
-    if problem.line:
-        return problem.violation
-    return Violation(
-        problem.place, f"folder `{folder}`: {problem.message}; upload it: dure folder upload {folder} FILE"
-    )
-
-
-def _wants_gguf(runtime: catalog_pb2.Runtime, asked: endpoint_pb2.Endpoint) -> bool:
-    commands = (runtime.start_command, asked.service.start_command)
-    return any(runtimes.FIRST_GGUF in word for start in commands for word in (*start.args, start.line))
-
-
-async def _ggufs(folders: Folders, folder: schema.Folder) -> list[str]:
-    """By name, those at the top first."""
-    found = [facts.path for facts in await folders.files(folder.uid) if facts.path.lower().endswith(".gguf")]
-    return sorted(found, key=lambda path: (path.count("/"), path))
-
-
 def _merged_slots(
     runtime: catalog_pb2.Runtime,
-    section: service.RuntimeSection,
+    section: RuntimeSection,
     preset: schema.Preset | None,
     asked: endpoint_pb2.Endpoint,
 ) -> dict[str, int]:

@@ -38,6 +38,8 @@ SEND_WAIT_S = 30.0
 # After the end of the session its last log lines are still under way.
 LOGS_WAIT_S = 2.0
 POLL_S = 5.0
+# One that failed its health check too often may still come up, but is not waited for any longer than this.
+UNHEALTHY_GRACE_MS = 20_000
 
 
 class Validating:
@@ -187,7 +189,9 @@ class Validating:
                 )
             )
         health = endpoint_pb2.HEALTH_UNKNOWN
-        if ReplicaStatus.DEGRADED in statuses:
+        if ReplicaStatus.UNHEALTHY in statuses:
+            health = endpoint_pb2.HEALTH_UNHEALTHY
+        elif ReplicaStatus.DEGRADED in statuses:
             health = endpoint_pb2.HEALTH_DEGRADED
         detail = f"not healthy within {timeout_s:g} s: {current.status_reason or current.status}"
         return ValidationOutcome(
@@ -210,7 +214,8 @@ def _outcome(row: schema.Endpoint, replicas: list[schema.Replica]) -> Validation
                 health=endpoint_pb2.HEALTH_HEALTHY,
                 detail="the session answers its health check",
             )
-        if replica.status == ReplicaStatus.UNHEALTHY:
+        unhealthy = replica.status == ReplicaStatus.UNHEALTHY
+        if unhealthy and now_ms() - replica.since_ms >= UNHEALTHY_GRACE_MS:
             return ValidationOutcome(
                 result=endpoint_pb2.VALIDATION_RESULT_FINISHED,
                 health=endpoint_pb2.HEALTH_UNHEALTHY,

@@ -54,6 +54,7 @@ def kernel_view(row: schema.Kernel, agent_name: str) -> KernelView:
         host=status.host,
         port=status.port,
         message=status.probe_detail or status.message,
+        name=f"{row.role}{row.index}",
         exit=Exit(ended.reason, ended.code, ended.message, ended.log_tail) if ended else None,
     )
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
@@ -34,6 +35,22 @@ http.server.ThreadingHTTPServer(("0.0.0.0", int(os.environ["PORT"])), Handler).s
 """
 
 
+@dataclass
+class Answer:
+    """What came for a request for a log. With `may_take` cleared nothing is read; `enough` ends it."""
+
+    lines: list[tuple[int, bytes]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    begun: bool = False
+    complete: bool = False
+    enough: bool = False
+    largest_bytes: int = 0
+    may_take: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.may_take.set()
+
+
 class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
     """Keeps what it wants (`specs`, `removals`), and what agents said."""
 
@@ -52,6 +69,7 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         self.fetched: list[tuple[str, int]] = []
         self.cut_fetch_after: int | None = None
         self.credentials: dict[str, str] = {}
+        self.answers: dict[str, Answer] = {}
         self._outbox: asyncio.Queue[fleet_pb2.ConnectResponse] | None = None
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Event()
@@ -114,6 +132,38 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
                     ack = fleet_pb2.HeartbeatAck(sequence=request.heartbeat.sequence)
                     outbox.put_nowait(fleet_pb2.ConnectResponse(heartbeat_ack=ack))
             self._changed.set()
+
+    async def SendLogs(self, requests, context):
+        answer: Answer | None = None
+        async for request in requests:
+            answer = answer or self.answers[request.request_id]
+            answer.begun = True
+            await answer.may_take.wait()
+            answer.lines += [(line.time_ms, line.text) for line in request.lines]
+            answer.notices += [request.notice] if request.notice else []
+            answer.largest_bytes = max(answer.largest_bytes, request.ByteSize())
+            self._changed.set()
+            if answer.enough:
+                break
+        else:
+            if answer is not None:
+                answer.complete = True
+        self._changed.set()
+        return fleet_pb2.SendLogsResponse()
+
+    def ask_log(self, uid: str, **wanted) -> Answer:
+        assert self._outbox is not None
+        answer = Answer()
+        number = f"log-{len(self.answers)}"
+        self.answers[number] = answer
+        request = fleet_pb2.LogRequest(request_id=number, kernel_uid=uid, **wanted)
+        self._outbox.put_nowait(fleet_pb2.ConnectResponse(log_request=request))
+        return answer
+
+    async def log_of(self, uid: str, **wanted) -> list[str]:
+        answer = self.ask_log(uid, **wanted)
+        await self.until(lambda: answer.complete)
+        return [text.decode() for _, text in answer.lines]
 
     async def GetFolderManifest(self, request, context):
         folder = self.storage / request.folder_uid

@@ -167,7 +167,7 @@ def test_apply_makes_changes_and_then_nothing(tmp_path: Path) -> None:
         await dure.ok("endpoint", "scale", "chat", "5")
         manifest.write_text(text.replace("replicas: 2\n", "").replace("MODE: a", "MODE: b, X: y"))
         planned = await dure.ok("apply", "-f", "chat.yaml", "--dry-run")
-        assert planned.out.splitlines()[:2] == ["~ environ.MODE: a -> b", "+ environ.X: y"]
+        assert planned.out.splitlines()[1:3] == ["~ environ.MODE: a -> b", "+ environ.X: y"]
         assert "makes revision 2" in planned.out
         assert (await dure.ok("apply", "-f", "chat.yaml", "-o", "json")).json["revision"] == 2
         item = fake.endpoints[CHAT]
@@ -218,6 +218,8 @@ def test_apply_of_several_tells_every_problem_at_once(tmp_path: Path) -> None:
         made = await dure.ok("apply", "-f", "two.yaml")
         assert "endpoint a:" in made.out and "endpoint b created" in made.out
         assert sorted(name[-1] for name in fake.endpoints) == ["a", "b"]
+        shown = (await dure.ok("apply", "-f", "two.yaml", "-o", "json")).json["endpoints"]
+        assert isinstance(shown, list) and [item["name"][-1] for item in shown] == ["a", "b"]
         missing = await dure("apply", "-f", "none.yaml")
         assert missing.code == 1 and "none.yaml: No such file" in missing.err
 
@@ -236,7 +238,7 @@ def test_a_wait_follows_the_rollout_to_its_end(tmp_path: Path) -> None:
         fake.set("chat", "HEALTHY")
         ran = await finish(waiting)
         assert ran.code == 0 and "revision 2 is rolled out" in ran.out
-        assert "UPDATING, 2 of 2 ready, revision 1 -> 2, rolling with" in ran.err
+        assert "UPDATING, 2 of 2 ready, revision 1 -> 2, rolling, " in ran.err
         waiting = await dure.start(*update, "A=2")
         await until(lambda: fake.endpoints[CHAT].revision == 3 and fake.watches)
         fake.revisions[CHAT][2].reason = "exit code 3, five times"
@@ -254,7 +256,7 @@ def test_a_wait_follows_the_rollout_to_its_end(tmp_path: Path) -> None:
         ran = await finish(waiting)
         assert ran.code == 0 and "`dure endpoint rollout promote chat`" in ran.out
         status = (await dure.ok("endpoint", "rollout", "status", "chat")).out
-        assert "revision 2 -> 4, canary step 1 with 0% of the requests, waits to be promoted" in status
+        assert "revision 2 -> 4, canary, 0% of the requests, waits to be promoted" in status
         listed = (await dure.ok("endpoint", "list")).out
         assert "2->4 0%" in listed
         assert "paused" in (await dure.ok("endpoint", "rollout", "pause", "chat")).out
@@ -287,6 +289,7 @@ def test_history_and_rollback(tmp_path: Path) -> None:
         assert (await dure("endpoint", "history", "chat", "--revision", "9")).code == 3
         back = (await dure.ok("endpoint", "rollback", "chat")).out
         assert "~ environ.A: 2 -> 1" in back and "goes back from revision 2 to 1" in back
+        assert "plan:" not in back
         assert dict(fake.endpoints[CHAT].environ) == {"A": "1"}
         await dure.ok("endpoint", "rollback", "chat", "--to", "2", "-o", "name")
         assert fake.endpoints[CHAT].revision == 2

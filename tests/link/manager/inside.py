@@ -36,8 +36,8 @@ class Inside:
 
 
 @contextlib.asynccontextmanager
-async def manager_inside(home: Path) -> AsyncIterator[Inside]:
-    port = free_ports(1)
+async def manager_inside(home: Path, port: int = 0) -> AsyncIterator[Inside]:
+    port = port or free_ports(1)
     task = asyncio.create_task(main.run(main.Settings(home, "127.0.0.1", port, 1.0)))
     try:
         async with asyncio.timeout(20):

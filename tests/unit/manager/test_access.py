@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import ServiceDescriptor
@@ -18,6 +19,7 @@ from dure.v1 import endpoint_pb2, folder_pb2, project_pb2, token_pb2
 RANK = {"": 0, VIEWER: 1, MEMBER: 2, ADMIN: 3}
 CAPS = st.sampled_from([VIEWER, MEMBER, ADMIN])
 ROLES = st.sampled_from([VIEWER, MEMBER])
+COLUMNS = (Need.ANY, Need.READ, Need.WRITE, Need.SELF, Need.ADMIN)
 
 
 def public_services() -> list[ServiceDescriptor]:
@@ -35,6 +37,22 @@ def test_every_public_method_has_a_row_and_every_row_a_method() -> None:
     }
     assert len(methods) > 60
     assert methods == set(access.RULES)
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "tenancy.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    told = {row[0]: row[1:] for row in rows if len(row) == 1 + len(COLUMNS)}
+    for service in public_services():
+        cells = told[service.name.removesuffix("Service")]
+        shown = {
+            method: need
+            for need, cell in zip(COLUMNS, cells, strict=True)
+            for method in cell.split(", ")
+            if method
+        }
+        path = f"/{service.full_name}"
+        assert shown == {m.name: access.RULES[f"{path}/{m.name}"].need for m in service.methods}
 
 
 def test_reading_is_not_recorded_and_changing_is() -> None:

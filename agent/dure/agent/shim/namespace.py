@@ -128,13 +128,16 @@ class View:
 
     def _resolve(self, target: str) -> str:
         """Follows the host's links, but none that a mapped folder brings along: it could lead anywhere."""
-        real, way, names = os.path.realpath(target), "", os.path.normpath(target).strip("/").split("/")
+        real, names = os.path.realpath(target), os.path.normpath(target).strip("/").split("/")
+        way = culprit = ""
         for index, name in enumerate(names):
             way = f"{way}/{name}"
             place = os.path.realpath(way)
             mapped = place in self._read_only or place in self._trees
             if mapped and real != "/".join([place, *names[index + 1 :]]):
-                raise OSError(f"a symbolic link in the folder at {way} lies on the way")
+                culprit = way
+        if culprit:
+            raise OSError(f"a symbolic link in the folder at {culprit} lies on the way")
         return real
 
     def _make(self, target: str) -> None:

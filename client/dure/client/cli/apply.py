@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from dure.client.apply import Applied, apply_manifest
-from dure.client.cli.endpoint_change import again, finish, show, show_plan
+from dure.client.cli.endpoint_change import again, show, show_plan, wait_for
 from dure.client.cli.options import Shell, command, waiting
+from dure.client.cli.output import emit_list
 from dure.client.client import Client
 from dure.client.manifest import differs
 from dure.client.manifest_reader import FILE_BYTES_MAX, Manifest, read_manifests
@@ -39,35 +40,40 @@ async def apply(shell: Shell, files: tuple[Path, ...], dry_run: bool, wait: bool
     """
     manifests = _read(files)
     _check_projects(manifests, shell.project)
-    done: list[tuple[Client, Applied]] = []
-    clients: dict[str | None, Client] = {}
+    clients = {manifest.project: shell.client(manifest.project) for manifest in manifests}
     try:
-        for manifest in manifests:
-            if manifest.project not in clients:
-                clients[manifest.project] = shell.client(manifest.project)
-            client = clients[manifest.project]
-
-            async def change(client: Client = client, manifest: Manifest = manifest) -> Applied:
-                return await apply_manifest(client, manifest, dry_run=dry_run)
-
-            applied = await again(change)
-            done.append((client, applied))
-            if len(manifests) > 1:
-                shell.say(f"endpoint {manifest.name}:")
-            show_plan(shell, applied.before, applied.after)
-            if dry_run:
-                show(shell, applied.after)
-                continue
-            if applied.before is None:
-                shell.say(f"endpoint {manifest.name} created at {applied.after.address or 'no address yet'}")
-            else:
-                changed = differs(applied.before, applied.after)
-                shell.say(f"endpoint {manifest.name} {'changed' if changed else 'is as the file says'}")
-        for client, applied in done if not dry_run else []:
-            await finish(shell, client, applied.after, wait, timeout_s, applied.before)
+        done = [
+            (clients[manifest.project], await _apply(shell, clients[manifest.project], manifest, dry_run))
+            for manifest in manifests
+        ]
+        items = [applied.after for _, applied in done]
+        if wait and not dry_run:
+            items = [
+                await wait_for(shell, client, applied.after, timeout_s, applied.before)
+                for client, applied in done
+            ]
     finally:
         for client in clients.values():
             await client.close()
+    if len(items) > 1 and shell.output in ("json", "yaml"):
+        emit_list("endpoints", items, shell.output)
+    else:
+        for item in items:
+            show(shell, item)
+
+
+async def _apply(shell: Shell, client: Client, manifest: Manifest, dry_run: bool) -> Applied:
+    applied = await again(lambda: apply_manifest(client, manifest, dry_run=dry_run))
+    shell.say(f"endpoint {manifest.name}:")
+    show_plan(shell, applied.before, applied.after)
+    if dry_run:
+        return applied
+    if applied.before is None:
+        shell.say(f"endpoint {manifest.name} created at {applied.after.address or 'no address yet'}")
+    else:
+        changed = differs(applied.before, applied.after)
+        shell.say(f"endpoint {manifest.name} {'changed' if changed else 'is as the file says'}")
+    return applied
 
 
 def _read(files: tuple[Path, ...]) -> list[Manifest]:

@@ -165,23 +165,29 @@ def show_plan(shell: Shell, before: Endpoint | None, after: Endpoint) -> None:
 async def finish(
     shell: Shell, client: Client, item: Endpoint, wait: bool, timeout_s: float, before: Endpoint | None = None
 ) -> None:
-    """Waits if asked to (for the rollout of a revision that is new since `before`), and shows the result."""
-    if wait:
-        rolled_out = before is not None and before.revision != item.revision
-        with live.wait_progress(shell) as notify:
-            item = await client.endpoints.wait(
-                item.name,
-                timeout_s=timeout_s,
-                notify=notify,
-                revision=item.revision if rolled_out else None,
-            )
-        name, status = tables.last(item.name), tables.status_word(item)
-        shell.say(f"endpoint {name} is {status}" + (f" at {item.address}" if item.address else ""))
-        if item.HasField("rollout") and item.rollout.waits:
-            shell.say(f"{rollout_summary(item.rollout)}: `dure endpoint rollout promote {name}`")
-        elif rolled_out:
-            shell.say(f"revision {item.revision} is rolled out")
-    show(shell, item)
+    """Waits if asked to, see `wait_for`, and shows the result."""
+    show(shell, await wait_for(shell, client, item, timeout_s, before) if wait else item)
+
+
+async def wait_for(
+    shell: Shell, client: Client, item: Endpoint, timeout_s: float, before: Endpoint | None
+) -> Endpoint:
+    """Waits until it is as wanted: for the rollout, if it has another revision than `before`."""
+    rolled_out = before is not None and before.revision != item.revision
+    with live.wait_progress(shell) as notify:
+        item = await client.endpoints.wait(
+            item.name,
+            timeout_s=timeout_s,
+            notify=notify,
+            revision=item.revision if rolled_out else None,
+        )
+    name, status = tables.last(item.name), tables.status_word(item)
+    shell.say(f"endpoint {name} is {status}" + (f" at {item.address}" if item.address else ""))
+    if item.HasField("rollout") and item.rollout.waits:
+        shell.say(f"{rollout_summary(item.rollout)}: `dure endpoint rollout promote {name}`")
+    elif rolled_out and item.desired_replicas:
+        shell.say(f"revision {item.revision} is rolled out")
+    return item
 
 
 def show(shell: Shell, item: Endpoint) -> None:

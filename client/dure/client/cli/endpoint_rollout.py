@@ -8,7 +8,7 @@ import click
 
 from dure.client.cli import plan, tables
 from dure.client.cli.endpoint import endpoint
-from dure.client.cli.endpoint_change import finish, show, show_plan
+from dure.client.cli.endpoint_change import finish, show
 from dure.client.cli.options import Shell, command, waiting
 from dure.client.cli.output import emit, emit_list
 from dure.client.manifest import changes
@@ -62,7 +62,9 @@ async def rollback(shell: Shell, name: str, number: int | None, wait: bool, time
     async with shell.client() as client:
         before = await client.endpoints.get(name)
         item = await client.endpoints.rollback(name, number or 0)
-        show_plan(shell, before, item)
+        # How it is rolled out is not for the policy to say: the way back has no steps.
+        for line in plan.lines(before, item, color=shell.color):
+            shell.say(line)
         shell.say(f"endpoint {name} goes back from revision {before.revision} to {item.revision}")
         await finish(shell, client, item, wait, timeout_s, before)
 

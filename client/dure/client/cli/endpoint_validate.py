@@ -33,7 +33,7 @@ async def validate(shell: Shell, name: str, model: str, dry_run: bool, timeout_s
     nothing wrong), else with 1. Ctrl-C ends the session, too.
     """
     fields = fields_of(given)
-    outcome = ValidationOutcome()
+    outcome, said = ValidationOutcome(), ""
     async with shell.client() as client:
         pieces = client.endpoints.validate(name, model=model, dry_run=dry_run, timeout_s=timeout_s, **fields)
         async with aclosing(pieces):
@@ -43,6 +43,7 @@ async def validate(shell: Shell, name: str, model: str, dry_run: bool, timeout_s
                     form = "line" if shell.output == "json" else "yaml"
                     click.echo(("---\n" if form == "yaml" else "") + dumps(to_value(piece), form))
                 elif kind == "event":
+                    said = piece.event.message
                     mark = click.style("!", fg="red") if piece.event.warning else "*"
                     _tell(shell, f"{mark} {piece.event.reason}: {clean(piece.event.message)}")
                 elif kind == "log":
@@ -51,7 +52,9 @@ async def validate(shell: Shell, name: str, model: str, dry_run: bool, timeout_s
                     outcome = piece.outcome
                 sys.stdout.flush()
     if not shell.output:
-        _last_words(shell, outcome)
+        if outcome.detail != said:
+            _tell(shell, clean(outcome.detail))
+        _last_word(shell, outcome)
     return 0 if _passed(outcome, dry_run) else 1
 
 
@@ -77,7 +80,7 @@ async def explain(shell: Shell, name: str) -> None:
 
 
 def _tell(shell: Shell, text: str) -> None:
-    if not shell.quiet:
+    if text and not shell.quiet:
         click.echo(text, color=shell.color)
 
 
@@ -100,10 +103,8 @@ def _passed(outcome: ValidationOutcome, dry_run: bool) -> bool:
     return dry_run or outcome.health == endpoint_pb2.HEALTH_HEALTHY
 
 
-def _last_words(shell: Shell, outcome: ValidationOutcome) -> None:
-    """What was found, then one line that scripts can look for: `Finished: HEALTHY`."""
-    if outcome.detail and not shell.quiet:
-        click.echo(clean(outcome.detail))
+def _last_word(shell: Shell, outcome: ValidationOutcome) -> None:
+    """A line that scripts can look for: `Finished: HEALTHY`."""
     result = enum_word(endpoint_pb2.ValidationResult.DESCRIPTOR, outcome.result)
     health = enum_word(endpoint_pb2.Health.DESCRIPTOR, outcome.health)
     word = {"FINISHED": "Finished", "FAILED": "Failed", "TIMED_OUT": "Timed out"}.get(result, result)

@@ -78,6 +78,8 @@ def _next(error: DureError, arguments: list[str]) -> str:
             return (
                 f"`dure endpoint rollout resume {name}` goes on, `dure endpoint rollback {name}` goes back"
             )
+        case "ROLLOUT_WAITS":
+            return f"`dure endpoint rollout resume {name}` takes the next step, `promote` all that are left"
         case "DRAIN_TIMED_OUT":
             return f"`dure agent get {name} -w` waits on; `dure agent resume {name}` takes it back"
         case "KEY_NOT_FOUND":

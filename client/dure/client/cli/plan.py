@@ -37,7 +37,9 @@ def effect(before: Endpoint | None, after: Endpoint) -> str:
     if made:
         files = "" if [c for c in changed if c.path != "replicas"] else "the files of the model changed; "
         parts.append(f"{files}makes revision {after.revision}")
-        parts.append(_replacement(after) if before.desired_replicas else "no replica runs that is replaced")
+        parts.append(
+            _replacement(after) if before.desired_replicas else "it is started once replicas are wanted"
+        )
     else:
         parts.append("no new revision")
     if scaled is not None:
