@@ -63,15 +63,20 @@ class LogSender:
         try:
             # At once, so that the manager knows that somebody answers.
             await call.write(fleet_pb2.SendLogsRequest(request_id=request.request_id))
+            notice, complete = "", True
             if self._reading >= READERS_MAX:
-                notice = f"this node sends {READERS_MAX} logs already; try again later"
-                await call.write(fleet_pb2.SendLogsRequest(request_id=request.request_id, notice=notice))
+                notice, complete = f"this node sends {READERS_MAX} logs already; try again later", False
+            elif not _is_name(request.kernel_uid) or self._archive.locate(request.kernel_uid) is None:
+                notice = "its node does not keep its log any more"
             else:
                 self._reading += 1
                 try:
                     await self._read(call, request)
                 finally:
                     self._reading -= 1
+            await call.write(
+                fleet_pb2.SendLogsRequest(request_id=request.request_id, notice=notice, complete=complete)
+            )
             await call.done_writing()
             await call
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
@@ -83,14 +88,8 @@ class LogSender:
             call.cancel()
 
     async def _read(self, call: _Call, request: fleet_pb2.LogRequest) -> None:
-        uid = request.kernel_uid
-        if not _is_name(uid) or self._archive.locate(uid) is None:
-            notice = "its node does not keep its log any more"
-            await call.write(fleet_pb2.SendLogsRequest(request_id=request.request_id, notice=notice))
-            return
-
         def locate() -> Path | None:
-            return self._archive.locate(uid)
+            return self._archive.locate(request.kernel_uid)
 
         cursor = LogCursor(locate)
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 from dataclasses import dataclass, replace
 
 from dure.manager import schema
-from dure.manager.store import Store, new_uid, now_ms
+from dure.manager.store import Store, now_ms
 from dure.v1 import endpoint_pb2
+from dure.wire import names
 from dure.wire.backoff import backoff_s
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class Trail:
         self._refused: dict[str, int] = {}
         self._window_ends_ms = 0
         self._dropped = 0
+        self._last = (0, 0)
         self._wake = asyncio.Event()
         self._flushing = asyncio.Lock()
 
@@ -72,11 +75,17 @@ class Trail:
         if len(self._pending) >= PENDING_MAX:
             self._dropped += 1
             return
-        pending = _Pending(new_uid(), now, entry)
+        pending = _Pending(self._new_uid(now), now, entry)
         self._pending.append(pending)
         if entry.merges:
             self._merging[alike] = pending
         self._wake.set()
+
+    def _new_uid(self, now: int) -> str:
+        """Sorts after all that were made before, also within a millisecond: a trail has an order."""
+        last_ms, sequence = self._last
+        self._last = (now, 0) if now > last_ms else (last_ms + sequence // 4095, (sequence + 1) % 4096)
+        return names.new_uid(self._last[0], self._last[1] << 62 | secrets.randbits(62))
 
     def _may_be_refused(self, key_uid: str, now: int) -> bool:
         if now >= self._window_ends_ms or len(self._refused) >= KEYS_COUNTED_MAX:
@@ -115,6 +124,9 @@ class Trail:
                 async with self._store.write() as tx:
                     tx.session.add_all(_row(each) for each in pending)
             except BaseException:
+                # The store may have it all the same: a commit that was cancelled. Better twice than never.
+                for each in pending:
+                    each.uid = self._new_uid(each.time_ms)
                 self._pending = [*pending, *self._pending][:PENDING_MAX]
                 self._wake.set()
                 raise

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from google.protobuf import json_format
+from google.protobuf import duration_pb2, json_format
 from google.protobuf.message import Message
 
 from dure.manager import asked
@@ -19,7 +19,10 @@ from dure.wire.errors import InvalidInput, Violation
 
 _FIELDS = [field for field in endpoint_pb2.Endpoint.DESCRIPTOR.fields if 10 <= field.number < 50]
 ASKED = tuple(field.name for field in _FIELDS)
+# What shapes no replica: a change of it makes no new revision.
+UNSHAPED = ("replica_count", "open_to_public", "priority", "rollout_policy")
 UPDATABLE = tuple(name for name in ASKED if name != "model")
+_NANOSECONDS_MAX = 10**9 * 10**9
 _MAPS = ("resource_slots", "environ")
 CHARACTERS_MAX = 60
 
@@ -77,9 +80,11 @@ def canonical(endpoint: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
         if _is_set(endpoint, field):
             _copy(result, endpoint, field.name)
     result.model = endpoint.model.rsplit("/", 1)[-1]
-    result.runtime = endpoint.runtime or "custom"
+    result.runtime = endpoint.runtime.removeprefix("runtimes/") or "custom"
+    result.preset = endpoint.preset.removeprefix("presets/")
+    result.image = endpoint.image.removeprefix("images/")
     result.model_mount_destination = endpoint.model_mount_destination or asked.MOUNT_DESTINATION
-    result.resource_group = endpoint.resource_group or "default"
+    result.resource_group = endpoint.resource_group.removeprefix("resourceGroups/") or "default"
     result.cluster_mode = endpoint.cluster_mode or endpoint_pb2.CLUSTER_MODE_SINGLE_NODE
     result.cluster_size = endpoint.cluster_size or 1
     result.priority = endpoint.priority or asked.PRIORITY_DEFAULT
@@ -89,7 +94,20 @@ def canonical(endpoint: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
     result.rollout_policy.CopyFrom(asked.rollout_policy(endpoint.rollout_policy, []))
     if result.service == endpoint_pb2.ServiceOverride():
         result.ClearField("service")
+    normalise_durations(result)
     return result
+
+
+def normalise_durations(message: Message) -> None:
+    """`1 s less 1 ns` can be sent, but has no JSON. What is out of all bounds is refused elsewhere."""
+    for field, content in message.ListFields():
+        if isinstance(content, duration_pb2.Duration):
+            nanoseconds = content.ToNanoseconds()
+            if abs(nanoseconds) < _NANOSECONDS_MAX:
+                content.FromNanoseconds(nanoseconds)
+        elif field.message_type is not None and not _is_map(field):
+            for inner in content if field.is_repeated else (content,):
+                normalise_durations(inner)
 
 
 def _canonical(endpoint: endpoint_pb2.Endpoint) -> Mapping[str, Any]:

@@ -236,26 +236,31 @@ class LogReader:
         request = fleet_pb2.LogRequest(kernel_uid=source.kernel_uid, follow=wanted.follow)
         if not whole:
             request.tail_lines, request.max_age_ms = wanted.tail_lines, wanted.max_age_ms
-        seen, away = LinesSeen(), False
+        seen, said = LinesSeen(), ""
         while True:
+            notice = ""
             try:
                 async with contextlib.aclosing(self._relay.read(source.agent_uid, request)) as messages:
                     async for message in messages:
-                        away = False
-                        chunk = source.chunk(message.notice)
+                        notice = message.notice
+                        # What is tried again and again is said once.
+                        chunk = source.chunk(notice if notice != said else "")
                         for line in message.lines:
                             if seen.is_new(line.time_ms):
                                 chunk.lines.append(_line(line))
                                 # Asked once more, it is for what comes after the lines that were shown.
                                 request.tail_lines = request.max_age_ms = 0
+                        said = notice or ("" if chunk.lines else said)
                         if chunk.lines or chunk.notice:
                             await queue.put(chunk)
                 return
             except AgentAway:
-                if not away:
+                if not notice:
                     when = "its logs come when it is back" if wanted.follow else "try again when it is back"
-                    await queue.put(source.chunk(f"agent {source.agent} is away; {when}"))
-                away = True
+                    notice = f"agent {source.agent} is away; {when}"
+                    if notice != said:
+                        await queue.put(source.chunk(notice))
+                    said = notice
             if not wanted.follow:
                 return
             await asyncio.sleep(AGAIN_S)

@@ -57,8 +57,8 @@ class _Reading:
         self._room.set()
         return self._messages.popleft()
 
-    def end(self, complete: bool) -> None:
-        self.complete, self._ended = complete, True
+    def end(self) -> None:
+        self._ended = True
         self._changed.set()
 
 
@@ -112,8 +112,7 @@ class LogRelay:
             for task in (passing, closed):
                 task.cancel()
             await asyncio.gather(passing, closed, return_exceptions=True)
-            complete = not passing.cancelled() and passing.exception() is None
-            reading.end(complete)
+            reading.end()
 
 
 async def _pass_on(first: Any, context: Any, reading: _Reading) -> None:
@@ -121,4 +120,6 @@ async def _pass_on(first: Any, context: Any, reading: _Reading) -> None:
     while message is not grpc.aio.EOF:
         if message.lines or message.notice:
             await reading.put(message)
+        # The end of a call alone says nothing: one that was broken off ends too.
+        reading.complete = reading.complete or message.complete
         message = await context.read()

@@ -199,7 +199,8 @@ async def run(options: Settings) -> None:
         catalog_pb2_grpc.add_PresetServiceServicer_to_server(PresetApi(store), server)
         catalog_pb2_grpc.add_ImageServiceServicer_to_server(ImageApi(store), server)
         catalog_pb2_grpc.add_RuntimeServiceServicer_to_server(RuntimeApi(store), server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelApi(store, folders, endpoint_api.create), server)
+        model_api = ModelApi(store, folders, endpoint_api.create)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(model_api, server)
         stop_grace_ms = int(options.stop_grace_s * 1000)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(
             FleetApi(store, fleet, intake, folders, relay, stop_grace_ms), server

@@ -142,6 +142,8 @@ class ProjectApi(project_pb2_grpc.ProjectServiceServicer):
         self, request: project_pb2.ListAuditRecordsRequest, context: Context
     ) -> project_pb2.ListAuditRecordsResponse:
         size, after = scope.page_size(request.page_size), scope.read_page_token(request.page_token)
+        if request.max_age.ToMilliseconds() < 0:
+            raise errors.InvalidInput.of([Violation("max_age", "must not be negative")])
         # A reader sees what was done just now.
         await self._trail.flush()
         query = select(schema.AuditRecord).order_by(schema.AuditRecord.uid.desc())

@@ -317,7 +317,8 @@ def _fail(
         plan.failures = max(plan.failures, min(plan.failures + 1, most))
         plan.failed_ms = around.now_ms
     if counts:
-        plan.errors.append(f"replica {replica.uid[-6:]}: {reason}")
+        where = f" on {replica.kernels[0].agent_name}" if replica.kernels else ""
+        plan.errors.append(f"replica {replica.uid[-6:]}{where}: {reason}")
         # Five starts in a row, not five replicas of one start; a success would have cleared the errors.
         stored = 0 if plan.clear_errors else len(endpoint.errors)
         if plan.failures >= FAILURES_MAX and stored + len(plan.errors) >= FAILURES_MAX:

@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dure.definitions.environ import too_large
 from dure.definitions.service import RuntimeSection
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import asked as fields
@@ -31,8 +32,6 @@ from dure.wire.quantities import CPU, DEVICES, MEM, SHARES
 
 # Every session needs some of both; what nobody says.
 SLOT_DEFAULTS = {CPU: 1_000, MEM: (1 << 30) * 1_000}
-# Fields of what is asked for that shape no replica.
-_UNSHAPED = ("replica_count", "open_to_public", "priority", "rollout_policy")
 # What of a revision's spec shapes its replicas; `resolved` follows from these and the kernel.
 _SHAPES = (
     "asked", "folder", "resource_group", "slots", "cluster_mode", "cluster_size", "architecture",
@@ -123,7 +122,8 @@ async def draft(
     image = await catalogs.image(asked, section)
     slots = _merged_slots(runtime, section, preset, asked)
     environ = {**runtime.environ, **section.environ, **asked.environ}
-    fields.check_environ(environ, violations)
+    if wrong_size := too_large(environ.items()):
+        violations.append(Violation("endpoint.environ", f"with the runtime's and the folder's: {wrong_size}"))
     kernel = runtimes.launch(
         runtime,
         files.definition.kernel if files.definition is not None else None,
@@ -234,6 +234,7 @@ def _checked(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> endp
     at = "endpoint.model_mount_destination"
     asked.model_mount_destination = fields.mount_target(asked.model_mount_destination, at, violations)
     asked.rollout_policy.CopyFrom(fields.rollout_policy(wanted.rollout_policy, violations))
+    changes.normalise_durations(asked)
     return asked
 
 
@@ -302,6 +303,6 @@ def _resolved(
 def _shaping(asked: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
     shaping = endpoint_pb2.Endpoint()
     shaping.CopyFrom(asked)
-    for name in _UNSHAPED:
+    for name in changes.UNSHAPED:
         shaping.ClearField(name)  # type: ignore[arg-type]
     return shaping

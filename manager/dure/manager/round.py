@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -122,7 +124,8 @@ class Round:
 
     def _count_failures(self, plan: decisions.Plan) -> None:
         row = self.row
-        errors = ([] if plan.clear_errors else list(row.errors)) + plan.errors
+        at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
+        errors = ([] if plan.clear_errors else list(row.errors)) + [f"{at} {text}" for text in plan.errors]
         after = (errors[-ERRORS_KEPT:], plan.failures, plan.failed_ms, plan.blocked)
         if (list(row.errors), row.failures, row.failed_ms, row.blocked) != after:
             row.errors, row.failures, row.failed_ms, row.blocked = after

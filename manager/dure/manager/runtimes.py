@@ -288,7 +288,9 @@ def _override_check(
 def _put_over(check: fleet_pb2.HealthCheck, override: endpoint_pb2.HealthCheckOverride) -> None:
     for described, value in override.ListFields():
         if isinstance(value, duration_pb2.Duration):
-            setattr(check, f"{described.name}_ms", -(-value.ToNanoseconds() // 1_000_000))
+            # Bounded, since it goes into 64 bits: what is beyond any limit stays so.
+            milliseconds = max(-1, min(-(-value.ToNanoseconds() // 1_000_000), 10**15))
+            setattr(check, f"{described.name}_ms", milliseconds)
         elif described.name != "disabled":
             setattr(check, described.name, value)
 

@@ -138,16 +138,15 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         async for request in requests:
             answer = answer or self.answers[request.request_id]
             answer.begun = True
+            assert not answer.complete, "nothing follows the last message"
             await answer.may_take.wait()
             answer.lines += [(line.time_ms, line.text) for line in request.lines]
             answer.notices += [request.notice] if request.notice else []
             answer.largest_bytes = max(answer.largest_bytes, request.ByteSize())
+            answer.complete = request.complete
             self._changed.set()
             if answer.enough:
                 break
-        else:
-            if answer is not None:
-                answer.complete = True
         self._changed.set()
         return fleet_pb2.SendLogsResponse()
 

@@ -73,7 +73,7 @@ def test_a_proxy_started_from_its_disk_knows_the_revocation(tmp_path: Path) -> N
                 token, other = b.manager.token("e"), b.manager.token("e", uid="token-2")
                 expired = b.manager.token("e", uid="token-3", expires_in_s=-1)
                 ports = (min(b.ports), max(b.ports))
-                key = b.manager.key
+                key, revision = b.manager.key, b.manager.revision
             nobody = free_ports(1)[0]
             async with proxy(tmp_path, nobody, ports), aiohttp.ClientSession() as http:
                 await listening(b.port)
@@ -82,7 +82,7 @@ def test_a_proxy_started_from_its_disk_knows_the_revocation(tmp_path: Path) -> N
                 assert await _code(http, b.url, other) == "ok"
             # Revoked while the proxy was down: its disk does not know, the stream tells it.
             manager = FakeManager()
-            manager.key = key
+            manager.key, manager.revision = key, revision
             both = ["token-1", "token-2"]
             await manager.set(route("e", b.port, port, public=False, revoked_tokens=both))
             manager.port = nobody

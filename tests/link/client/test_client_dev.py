@@ -8,8 +8,8 @@ import signal
 import socket
 from pathlib import Path
 
+from link.client.dure_program import Dure, Ran, finish
 from link.client.fake_manager import until
-from link.client.test_client_cli import Dure, Ran, finish
 
 UP_S = 30.0
 

@@ -132,6 +132,7 @@ class TalkingAgent:
                 await asyncio.sleep(0.02)
                 if call.done():
                     return
+            await call.write(fleet_pb2.SendLogsRequest(request_id=request.request_id, complete=True))
             await call.done_writing()
             await call
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

@@ -225,6 +225,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
             (admin.projects.update("default"), {"update_mask"}),
             (admin.users.update("admin"), {"update_mask"}),
             (admin.presets.create("p", {}), {"preset.resource_slots"}),
+            (anext(admin.projects.audit(None, max_age_s=-1)), {"max_age"}),
         ]
         for call, fields in bad:
             with pytest.raises(errors.InvalidInput) as caught:
@@ -283,7 +284,7 @@ def test_a_quota_holds_whoever_comes_at_once(tmp_path: Path) -> None:
             await refused(
                 errors.ResourceExhausted, alice.endpoints.rollback(living[0], 2), "cpu: the quota is 1"
             )
-            service = '[custom.environment]\nimage = "x"\narchitecture = "x86_64"\n'
+            service = '[custom.environment]\nimage = "x/y:1"\narchitecture = "x86_64"\n'
             service += '[custom.resource_slots]\nmem = "9g"\n'
             (tmp_path / "folder" / "service-definition.toml").write_text(service)
             await alice.folders.upload("m", tmp_path / "folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -102,6 +103,14 @@ def test_every_key_arrives() -> None:
     assert (policy.max_surge, policy.max_unavailable, policy.no_automatic_rollback) == ("25%", "1", True)
     assert [(step.weight, step.hold.ToSeconds()) for step in policy.steps] == [(10, 60), (50, 0)]
     assert policy.steps[0].HasField("hold") and not policy.steps[1].HasField("hold")
+
+
+def test_the_manual_names_every_key_and_is_right() -> None:
+    manual = (Path(__file__).parents[3] / "docs" / "apply.md").read_text(encoding="utf-8")
+    example = manual.split("```yaml\n")[1].split("```")[0]
+    [manifest] = read_manifests(example, "apply.md")
+    assert set(yaml.safe_load(example)) == set(KEYS)
+    assert manifest.fields["rollout_policy"].steps[0].weight == 10
 
 
 def test_what_is_written_reads_back_the_same() -> None:

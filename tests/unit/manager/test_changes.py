@@ -63,10 +63,10 @@ def changed(wanted: Endpoint, *paths: str) -> str:
             "extra_mounts[0].folder d added, extra_mounts[0].target /home/work/d added, "
             "extra_mounts[0].writable true added",
         ),
-        (Endpoint(runtime="", resource_group="default", priority=10), ["runtime", "resource_group", "priority"], ""),
+        (Endpoint(resource_group="default", priority=10), ["runtime", "resource_group", "priority"], ""),
         (Endpoint(cluster_size=1, model_mount_destination="/models"), ["cluster_size"], ""),
     ],
-)  # fmt: skip
+)
 def test_what_a_mask_changes(wanted: Endpoint, paths: list[str], says: str) -> None:
     assert changed(wanted, *paths) == says
 

@@ -28,8 +28,15 @@ def launched(
 ) -> tuple[fleet_pb2.KernelSpec, list[Violation]]:
     violations: list[Violation] = []
     kernel = runtimes.launch(
-        SEED[name], definition, override or ServiceOverride(), environ or {}, slots or {}, "/models", ggufs, violations
-    )  # fmt: skip
+        SEED[name],
+        definition,
+        override or ServiceOverride(),
+        environ or {},
+        slots or {},
+        "/models",
+        ggufs,
+        violations,
+    )
     return kernel, violations
 
 

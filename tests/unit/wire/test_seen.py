@@ -23,9 +23,7 @@ def test_every_line_once(steps: list[int], readings: list[tuple[int, int]]) -> N
         # Each reading may begin anywhere, but not after what was shown.
         seen.begin_again()
         start = 0 if start > reached else min(start, _first_of_its_time(times, reached))
-        for index in range(start, min(end, len(times))):
-            if seen.is_new(times[index]):
-                shown.append(index)
+        shown += [index for index in range(start, min(end, len(times))) if seen.is_new(times[index])]
         reached = max(reached, min(end, len(times)))
     assert shown == list(range(len(times)))
 

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -19,7 +18,7 @@ from dure.client.chat.server import ChatServer
 from dure.client.cli import live
 from dure.client.cli.chat_screen import PlainScreen, Screen, TerminalScreen
 from dure.client.cli.chat_turns import Chat, talk
-from dure.client.cli.options import Duration, Shell
+from dure.client.cli.options import ContextFile, Duration, Shell
 from dure.client.client import Client
 from dure.wire.errors import DureError
 
@@ -48,10 +47,13 @@ MESSAGE_BYTES_MAX = 1024 * 1024
 @click.option("-v", "--verbose", is_flag=True, help="How long answers took, on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Only the answers.")
 @click.option("--no-color", is_flag=True, help="No colours.")
-@click.option("--project", metavar="NAME", help="Another project than the context's.")
 @click.option(
-    "--context", "context_file", type=click.Path(path_type=Path, dir_okay=False), help="Another context file."
+    "--project",
+    metavar="NAME",
+    envvar="DURE_PROJECT",
+    help="Another project than the context's; also $DURE_PROJECT.",
 )
+@click.option("--context", "context_file", type=ContextFile(), help="Another context: its name, or its file.")
 def chat(
     endpoint: str | None,
     base_url: str | None,

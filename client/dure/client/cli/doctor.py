@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from dure.client.checkup import CheckUp, check_up
-from dure.client.cli.options import Duration
+from dure.client.cli.options import ContextFile, Duration
 from dure.client.cli.output import dumps
 from dure.client.cli.text import cells, clean
 
@@ -26,8 +26,8 @@ TIMED_OUT = 6
 @click.option(
     "--context",
     "context_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Another context file.",
+    type=ContextFile(),
+    help="Another context: its name, or its file.",
 )
 def doctor(wait_s: float | None, output: str | None, no_color: bool, context_file: Path | None) -> int:
     """Check the cluster of the current context; exit code 0 if all is well."""

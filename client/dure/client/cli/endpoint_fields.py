@@ -160,22 +160,21 @@ def _edited(current: Any, edits: Iterable[tuple[str, str | None]]) -> dict[str, 
 
 
 def _mounts(texts: Iterable[str], current: list[ExtraMount], *, removing: bool) -> list[ExtraMount]:
-    mounts = list(current)
+    kept, added = list(current), []
     for text in texts:
         if removing and text.endswith("-"):
-            left = [m for m in mounts if text[:-1] not in (mount_source(m), mount_target(m), m.target)]
-            if len(left) == len(mounts):
-                known = ", ".join(mount_source(mount) for mount in mounts) or "none"
+            left = [m for m in kept if text[:-1] not in (mount_source(m), mount_target(m))]
+            if len(left) == len(kept):
+                known = ", ".join(mount_source(mount) for mount in kept) or "none"
                 raise click.UsageError(f"`{text[:-1]}` is not mounted; mounted are: {known}")
-            mounts = left
+            kept = left
             continue
         try:
-            mount = parse_mount(text)
+            added.append(parse_mount(text))
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="'--mount'") from error
-        mounts = [m for m in mounts if mount_target(m) != mount_target(mount)] if removing else mounts
-        mounts.append(mount)
-    return mounts
+    replaced = {mount_target(mount) for mount in added}
+    return [*(mount for mount in kept if mount_target(mount) not in replaced), *added]
 
 
 def _service(given: dict[str, Any], current: ServiceOverride) -> ServiceOverride | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 
@@ -20,6 +21,9 @@ from dure.wire.errors import (
     PermissionDenied,
     Unauthenticated,
 )
+
+# A violation of a definition file: `service-definition.toml:3: vllm.environ.PORT`.
+_DEFINITION = re.compile(r"\S+\.(ya?ml|toml)(:|$)")
 
 
 def report(error: Exception, arguments: list[str]) -> int:
@@ -100,7 +104,7 @@ def _next(error: DureError, arguments: list[str]) -> str:
                 "`dure dev` starts a cluster on this machine"
             )
         case PermissionDenied():
-            return "`dure user whoami` says who you are and what your key allows; `dure context list` has others"
+            return "`dure user whoami` says who you are and what your key allows"
         case Unauthenticated():
             return (
                 "`dure context show` says which API key is used; `dure context set --api-key KEY` changes it"
@@ -120,7 +124,11 @@ def _next(error: DureError, arguments: list[str]) -> str:
                 return f"`dure endpoint history {name}` shows the revisions"
             if group in ("endpoint", "token"):
                 return "`dure endpoint list` shows the endpoints"
+            if group in ("model", "runtime"):
+                return f"`dure {group} list` shows the {group}s"
             return "`dure agent list` shows the agents" if group == "agent" else ""
+        case AlreadyExists() if (group, verb) == ("model", "run"):
+            return "`dure endpoint list` shows what has the name; --name gives another one"
         case AlreadyExists():
             shown = f"dure {group} get {name}" if group == "endpoint" else f"dure {group} list"
             return f"`{shown}` shows what has the name; choose another one"
@@ -128,6 +136,12 @@ def _next(error: DureError, arguments: list[str]) -> str:
             return "read it again, and repeat the command if it is still right"
         case InternalError():
             return "the manager's log says more"
+        case InvalidInput(violations=wrong) if group in ("endpoint", "model") and any(
+            _DEFINITION.match(violation.field) for violation in wrong
+        ):
+            return "mend the files and upload them again; `dure folder check FOLDER|DIR` checks them before"
+        case InvalidInput() if group == "apply":
+            return "mend the file; `dure apply --dry-run -f FILE` checks it again"
         case InvalidInput() if verb:
             return f"`dure {group} {verb} --help` says what is expected"
     return ""
