@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class LogArchive:
     def __init__(self, home: Path) -> None:
         self._kernels = home / "kernels"
         self._archive = home / "logs"
+        # Kernels that go at one moment are kept by as many threads.
+        self._changing = threading.Lock()
 
     def locate(self, uid: str) -> Path | None:
         """The folder that holds the log of a kernel now."""
@@ -62,9 +65,15 @@ class LogArchive:
         """Links the log of a kernel that goes: readers find it whole in one place or in the other.
 
         Raises OSError."""
+        with self._changing:
+            self._keep(uid, folder)
+        self.prune()
+
+    def _keep(self, uid: str, folder: Path) -> None:
         place, part = self._archive / uid, self._archive / f"{uid}.part"
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True, mode=0o700)
+        self._archive.mkdir(parents=True, exist_ok=True, mode=0o700)
+        part.mkdir(mode=0o700)
         for name in (BEFORE, NEWEST):
             with contextlib.suppress(FileNotFoundError):
                 os.link(folder / name, part / name)
@@ -74,18 +83,18 @@ class LogArchive:
             return
         shutil.rmtree(place, ignore_errors=True)
         os.rename(part, place)
-        self.prune()
 
     def prune(self) -> None:
-        """Drops what is beyond the bounds."""
-        if not self._archive.is_dir():
-            return
-        kept = [
-            Kept(folder.name, folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()))
-            for folder in self._archive.iterdir()
-        ]
-        for uid in surplus(kept, time.time()):
-            shutil.rmtree(self._archive / uid, ignore_errors=True)
+        """Drops what is beyond the bounds. Raises OSError."""
+        with self._changing:
+            if not self._archive.is_dir():
+                return
+            kept = [
+                Kept(one.name, one.stat().st_mtime, sum(file.stat().st_size for file in one.iterdir()))
+                for one in self._archive.iterdir()
+            ]
+            for uid in surplus(kept, time.time()):
+                shutil.rmtree(self._archive / uid, ignore_errors=True)
 
     async def run(self) -> None:
         """Lets go of what grows old. Runs until it is cancelled."""

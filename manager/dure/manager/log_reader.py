@@ -35,7 +35,9 @@ CHUNKS_MAX = 8
 # Somebody who pages through what came holds everything up for that long, then is cut off.
 SENDING_WAIT_S = 600.0
 # New replicas are looked for when the endpoint changed, at most this often, and at least this often.
-LOOK_PAUSE_S, LOOK_MAX_S = 0.1, 5.0
+LOOK_PAUSE_S, LOOK_MAX_S = 0.2, 5.0
+# A replica that ended is still looked for, and its agent waited for, that long.
+ENDED_SHOWN_MS = 60_000
 AGAIN_S = 1.0
 LINES_MAX = 1_000_000
 
@@ -171,9 +173,14 @@ class LogReader:
     ) -> None:
         """Begins to read each kernel's log; with `follow` goes on to look for new ones."""
         since_ms, first = now_ms(), True
+        expected: set[str] = set()
         while True:
             changed.clear()
             sources, over = await self._sources(wanted, since_ms)
+            since_ms = max(since_ms, now_ms() - ENDED_SHOWN_MS)
+            expected.clear()
+            if not over:
+                expected.update(source.kernel_uid for source in sources)
             if first:
                 notice = _notice(wanted, sources)
                 if notice:
@@ -184,13 +191,12 @@ class LogReader:
                     continue
                 if sum(not task.done() for task in tasks.values()) >= KERNELS_MAX:
                     break
-                task = asyncio.create_task(self._read_one(wanted, source, queue, whole=not first))
+                task = asyncio.create_task(self._read_one(wanted, source, queue, expected, whole=not first))
                 tasks[source.kernel_uid] = task
             if over or not wanted.follow:
                 return
             first = False
-            current = {source.kernel_uid for source in sources}
-            for uid in [uid for uid, task in tasks.items() if task.done() and uid not in current]:
+            for uid in [uid for uid, task in tasks.items() if task.done() and uid not in expected]:
                 tasks.pop(uid).result()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_MAX_S):
@@ -230,9 +236,16 @@ class LogReader:
         return sorted(sources, key=lambda source: (source.replica_uid, source.kernel)), over
 
     async def _read_one(
-        self, wanted: Wanted, source: _Source, queue: asyncio.Queue[LogChunk | None], *, whole: bool
+        self,
+        wanted: Wanted,
+        source: _Source,
+        queue: asyncio.Queue[LogChunk | None],
+        expected: set[str],
+        *,
+        whole: bool,
     ) -> None:
-        """Reads one log to its end, or without an end; across absences of its agent if it is followed."""
+        """Reads one log to its end; if it is followed across absences of its agent, as long as it is
+        `expected`: more may come."""
         request = fleet_pb2.LogRequest(kernel_uid=source.kernel_uid, follow=wanted.follow)
         if not whole:
             request.tail_lines, request.max_age_ms = wanted.tail_lines, wanted.max_age_ms
@@ -261,9 +274,9 @@ class LogReader:
                     if notice != said:
                         await queue.put(source.chunk(notice))
                     said = notice
-            if not wanted.follow:
+            await asyncio.sleep(AGAIN_S if wanted.follow else 0)
+            if source.kernel_uid not in expected or not wanted.follow:
                 return
-            await asyncio.sleep(AGAIN_S)
             seen.begin_again()
 
 

@@ -143,6 +143,9 @@ def reconcile(endpoint: EndpointView, replicas: Sequence[ReplicaView], around: S
     plan.stable = endpoint.stable
     plan.rollout = rollout.begin(endpoint, around.now_ms)
     current = {replica.uid: replica for replica in replicas if replica.living}
+    if endpoint.rollout is None and all(_is_new(endpoint, r) for r in current.values() if not r.leaving):
+        # Nothing is there that it could replace with care.
+        plan.rollout = None
     _observe(endpoint, current, around, plan)
     _advance(endpoint, current, around, plan)
     if plan.rollback:

@@ -120,7 +120,8 @@ def targets(
     if state is None:
         return Targets(desired, max(0, desired - serving), desired + max(1, surge))
     if state.paused:
-        held, total = min(new, desired), desired + max(1, surge)
+        building = policy.strategy is Strategy.BLUE_GREEN and _in_steps(state, policy)
+        held, total = min(new, desired), 2 * desired if building else desired + max(1, surge)
         least = max(0, desired - unavailable - serving)
         return Targets(held, max(least, min(old, total - held)), total, keep_old=True)
     if _in_steps(state, policy):

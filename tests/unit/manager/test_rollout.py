@@ -158,6 +158,31 @@ def test_blue_green_moves_all_requests_at_once() -> None:
     assert world.weights() == {}
 
 
+def test_a_paused_blue_green_keeps_both_sides() -> None:
+    policy = replace(BLUE_GREEN, manual_switch=True)
+    world = begun(policy, desired=4)
+    world.live()
+    assert world.endpoint.rollout is not None
+    world.endpoint = replace(world.endpoint, rollout=replace(world.endpoint.rollout, paused=True))
+    world.live()
+    assert (len(world.of(1)), len(world.of(2))) == (4, 4)
+
+
+def test_what_was_stopped_starts_by_its_new_revision_alone() -> None:
+    world = World(desired=2)
+    world.all_healthy()
+    world.endpoint = replace(world.endpoint, desired=0, policy=replace(BLUE_GREEN, manual_switch=True))
+    world.live()
+    world.live()
+    world.revise()
+    world.live()
+    assert not world.living()
+    world.endpoint = replace(world.endpoint, desired=2)
+    world.live()
+    assert (len(world.of(1)), len(world.of(2))) == (0, 2)
+    assert world.endpoint.stable == 2
+
+
 def test_blue_green_can_wait_for_its_switch() -> None:
     policy = replace(BLUE_GREEN, manual_switch=True)
     world = begun(policy, desired=2)

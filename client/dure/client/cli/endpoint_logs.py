@@ -56,7 +56,7 @@ async def logs(
     if tail_lines is None:
         tail_lines = 0 if max_age_s is not None else TAIL_LINES
     async with shell.client() as client:
-        endpoint_name, _, wanted = name.partition("/") if not name.startswith("projects/") else (name, "", "")
+        endpoint_name, _, wanted = name.partition("/replicas/" if name.startswith("projects/") else "/")
         replica = await _replica(client, endpoint_name, wanted) if wanted else ""
         printer = _Printer(shell, timestamps, many=await _are_many(client, endpoint_name, replica, kernel))
         chunks = client.endpoints.logs(

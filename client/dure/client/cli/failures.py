@@ -79,9 +79,7 @@ def _next(error: DureError, arguments: list[str]) -> str:
         case "ROLLED_BACK":
             return f"`dure endpoint events {name}` says why, `dure endpoint history {name}` what changed"
         case "ROLLOUT_PAUSED":
-            return (
-                f"`dure endpoint rollout resume {name}` goes on, `dure endpoint rollback {name}` goes back"
-            )
+            return f"`dure endpoint rollout resume {name}` goes on, `dure endpoint rollback {name}` goes back"
         case "ROLLOUT_WAITS":
             return f"`dure endpoint rollout resume {name}` takes the next step, `promote` all that are left"
         case "DRAIN_TIMED_OUT":

@@ -25,7 +25,10 @@ _COMMANDS = {
         "Model services: create, update, scale, roll out, explain.",
     ),
     "logs": ("dure.client.cli.endpoint_logs:logs", "What the sessions of an endpoint wrote."),
-    "folder": ("dure.client.cli.folder_check:folder", "Folders with models and data: upload, check, download."),
+    "folder": (
+        "dure.client.cli.folder_check:folder",
+        "Folders with models and data: upload, check, download.",
+    ),
     "model": ("dure.client.cli.model:model", "Models, and what they need: list, run."),
     "runtime": ("dure.client.cli.runtime:runtime", "Baselines of services, such as vllm: list, add."),
     "chat": ("dure.client.cli.chat:chat", "Talk to a language model that an endpoint serves."),
