@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := dure.wire dure.definitions dure.client dure.manager dure.agent dure.appproxy
+PACKAGES := dure.wire dure.definitions dure.scaling dure.client dure.manager dure.agent dure.appproxy
 
 .PHONY: install demo test lint format proto bench clean
 

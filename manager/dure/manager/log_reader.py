@@ -274,8 +274,10 @@ class LogReader:
                     if notice != said:
                         await queue.put(source.chunk(notice))
                     said = notice
-            await asyncio.sleep(AGAIN_S if wanted.follow else 0)
-            if source.kernel_uid not in expected or not wanted.follow:
+            if not wanted.follow:
+                return
+            await asyncio.sleep(AGAIN_S)
+            if source.kernel_uid not in expected:
                 return
             seen.begin_again()
 

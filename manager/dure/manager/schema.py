@@ -237,8 +237,51 @@ class Endpoint(Base):
     errors: Mapped[list[Any]]
     failures: Mapped[int]
     failed_ms: Mapped[int]
+    # Who owns which number: `replica_count` is the user's, `desired_replicas` the manager's. `idle` says that the
+    # autoscaler, not the user, went to zero.
+    idle: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    scale_to_zero_ms: Mapped[int] = mapped_column(server_default="0")
+    metrics_path: Mapped[str] = mapped_column(server_default="/metrics")
     # Where the rollout of `revision` stands (see rollout.State); empty without one.
     rollout: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+
+
+class ScalingRule(Base):
+    """A rule; `step` is positive to add replicas. `threshold` is the user's decimal string."""
+
+    __tablename__ = "scaling_rules"
+    __table_args__ = (Index("scaling_rules_name", "endpoint_uid", "name", unique=True),)
+    uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    endpoint_uid: Mapped[str] = mapped_column(String(36))
+    name: Mapped[str] = mapped_column(String(64))
+    source: Mapped[str] = mapped_column(String(24))
+    metric: Mapped[str] = mapped_column(String(200))
+    comparator: Mapped[str] = mapped_column(String(24))
+    threshold: Mapped[str] = mapped_column(String(40))
+    step: Mapped[int]
+    min_replicas: Mapped[int]
+    max_replicas: Mapped[int]
+    cooldown_ms: Mapped[int]
+    window_ms: Mapped[int]
+    enabled: Mapped[bool] = mapped_column(Boolean)
+    clamp: Mapped[bool] = mapped_column(Boolean)
+    created_ms: Mapped[int]
+    fired_ms: Mapped[int]
+
+
+class ScalingDecision(Base):
+    """A decision that changed something. `verdicts` has what each rule saw."""
+
+    __tablename__ = "scaling_decisions"
+    __table_args__ = (Index("scaling_decisions_endpoint", "endpoint_uid", "uid"),)
+    uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    endpoint_uid: Mapped[str] = mapped_column(String(36))
+    time_ms: Mapped[int]
+    from_replicas: Mapped[int]
+    to_replicas: Mapped[int]
+    cause: Mapped[str] = mapped_column(String(64))
+    reason: Mapped[str]
+    verdicts: Mapped[list[Any]]
 
 
 class Revision(Base):

@@ -325,7 +325,7 @@ class Bench:
 
 
 async def listening(port: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 15
     while True:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -160,7 +160,7 @@ def test_it_waits_for_a_replica_or_says_why_there_is_none(tmp_path: Path) -> Non
             ran = await world.dure("chat", "chat", "-m", "x", "--timeout", "0.3")
             assert ran.code == code and says in ran.err and not ran.out, (status, ran)
         missing = await world.dure("chat", "nobody", "-m", "x")
-        assert missing.code == 3 and "nobody" in missing.err
+        assert missing.code == 3 and "nobody" in missing.err and "dure endpoint list" in missing.err
         assert "REVOKED" in world.statuses() and "ACTIVE" not in world.statuses()
 
     with_world(tmp_path, body)

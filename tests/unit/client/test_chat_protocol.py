@@ -69,6 +69,7 @@ def test_bases(given_url: str, bases: list[str]) -> None:
         "http://h:99999999/v1",
         "http://u:p@h/v1",
         "http://h/v1?key=1",
+        "http://two words/v1",
         "http://[::1",
     ],
 )

@@ -57,7 +57,7 @@ def bases(url: str) -> list[str]:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
         raise ValueError(f"`{url}` is not a URL: {error}") from error
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not host or any(c.isspace() for c in text):
         raise ValueError(f"`{url}` is not a URL such as http://127.0.0.1:8000/v1")
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ValueError(f"`{url}` has more than host and path; give a key with --token")

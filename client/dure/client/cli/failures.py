@@ -60,8 +60,8 @@ def explain(error: DureError, arguments: list[str]) -> list[str]:
 def _next(error: DureError, arguments: list[str]) -> str:
     words = [argument for argument in arguments if not argument.startswith("-")]
     group, verb, name = [*words, "", "", ""][:3]
-    if group == "chat":
-        name = verb or "NAME"
+    if group == "chat":  # a command, not a group
+        verb, name = "", verb or "NAME"
     if (group, verb) == ("endpoint", "rollout"):
         name = [*words, "", "", "", ""][3]
     elif group == "apply":
@@ -120,7 +120,7 @@ def _next(error: DureError, arguments: list[str]) -> str:
                 return "`dure token list ENDPOINT` shows the tokens"
             if "revision" in error.message:
                 return f"`dure endpoint history {name}` shows the revisions"
-            if group in ("endpoint", "token"):
+            if group in ("endpoint", "token", "chat"):
                 return "`dure endpoint list` shows the endpoints"
             if group in ("model", "runtime"):
                 return f"`dure {group} list` shows the {group}s"
