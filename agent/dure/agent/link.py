@@ -13,6 +13,7 @@ from typing import Any
 import grpc.aio
 
 from dure.agent.log_sender import LogSender
+from dure.agent.measurer import Measurer
 from dure.agent.storage import ManagerStorage
 from dure.agent.supervisor import Supervisor
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -59,6 +60,7 @@ class Link:
         supervisor: Supervisor,
         storage: ManagerStorage,
         logs: LogSender,
+        measurer: Measurer,
     ) -> None:
         self._name = name
         self._home = home
@@ -68,7 +70,11 @@ class Link:
         self._supervisor = supervisor
         self._storage = storage
         self._logs = logs
+        self._measurer = measurer
         self._told = "not connected"
+        self.connected = False
+        # Streams that were welcomed since the agent's start.
+        self.streams = 0
 
     async def run(self) -> None:
         """Raises Refused."""
@@ -125,6 +131,9 @@ class Link:
                 raise FailedPrecondition("the manager did not answer Hello with Welcome")
             self._storage.announce(who.credential, first.welcome)
             self._tell("", "connected to the manager")
+            self._measurer.begin_stream()
+            self.connected = True
+            self.streams += 1
             interval_s = max(first.welcome.heartbeat_interval_ms, 100) / 1000
             await self._converse(call, interval_s, who)
         except grpc.aio.AioRpcError as error:
@@ -133,6 +142,7 @@ class Link:
             # Written to a call that has just ended: its status tells more.
             raise ManagerUnreachable(str(call.details() if call.done() else error)) from error
         finally:
+            self.connected = False
             call.cancel()
 
     async def _converse(self, call: _Call, interval_s: float, who: Identity) -> None:
@@ -164,6 +174,8 @@ class Link:
                 beats.acknowledged_s = time.monotonic()
             elif kind == "log_request":
                 self._logs.answer(who.credential, message.log_request)
+            elif kind == "measure_interval":
+                self._measurer.set_interval(message.measure_interval.interval_ms)
 
     async def _speak(self, call: _Call, beats: _Beats) -> None:
         while True:
@@ -175,6 +187,9 @@ class Link:
                 await _within(call.write(fleet_pb2.ConnectRequest(heartbeat=beat)), beats.limit_s)
             for observed in reports(self._supervisor.take_changes(), complete=False):
                 await _within(call.write(fleet_pb2.ConnectRequest(observed=observed)), beats.limit_s)
+            # Last: what happened to kernels is worth more than what they use.
+            for measurements in batches(self._measurer.take()):
+                await _within(call.write(fleet_pb2.ConnectRequest(measurements=measurements)), beats.limit_s)
 
     def _tell(self, state: str, message: str) -> None:
         """Logs a change of state once, however often it is tried; an empty state is the good one."""
@@ -231,6 +246,12 @@ def reports(statuses: Sequence[fleet_pb2.KernelStatus], complete: bool) -> Itera
     piece.complete = complete
     if piece.kernels or complete:
         yield piece
+
+
+def batches(measured: Sequence[fleet_pb2.KernelMeasurement]) -> Iterator[fleet_pb2.Measurements]:
+    """Cuts a round into messages; a round of nothing makes none."""
+    for start in range(0, len(measured), REPORT_KERNELS_MAX):
+        yield fleet_pb2.Measurements(kernels=measured[start : start + REPORT_KERNELS_MAX])
 
 
 async def _within(awaitable: Any, limit_s: float) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import uvloop
 
-from dure.agent import machine, ports, prober
+from dure.agent import exposition, machine, ports, prober
 from dure.agent.accelerators import Accelerator, Found, Request
 from dure.agent.backends.base import Abilities, Backend
 from dure.agent.folders import Folders
@@ -23,11 +23,12 @@ from dure.agent.leases import Leases, default_lease_dir
 from dure.agent.link import Link, Refused
 from dure.agent.log_archive import LogArchive
 from dure.agent.log_sender import LogSender
+from dure.agent.measurer import Measurer
 from dure.agent.runner import Node
 from dure.agent.storage import ManagerStorage
 from dure.agent.supervisor import Supervisor
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from dure.wire import channel, identity, logs, names, programs, quantities, settings
+from dure.wire import channel, identity, logs, metrics_server, names, programs, quantities, settings, tracing
 from dure.wire.backoff import backoff_s
 from dure.wire.errors import DureError
 
@@ -53,6 +54,8 @@ class Options:
     session_ports: range
     lease_dir: Path
     folder_cache_bytes: int
+    metrics_bind: str
+    metrics_port: int
 
 
 def _take_up(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -125,6 +128,16 @@ def _only_member(data_dir: Path) -> str:
     "--folder-cache", default="100g", show_default=True, help="Bound of the cache of fetched folders."
 )
 @click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default="0, none",
+    help="HTTP port of /metrics.",
+)
+@click.option(
+    "--metrics-bind", default="127.0.0.1", show_default=True, help="Address of /metrics; anybody may read it."
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -192,6 +205,8 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         lease_dir=given["lease_dir"],
         folder_cache_bytes=_amount("--folder-cache", quantities.MEM, given["folder_cache"])
         // quantities.MILLI,
+        metrics_bind=given["metrics_bind"],
+        metrics_port=given["metrics_port"],
     )
 
 
@@ -211,45 +226,66 @@ async def _serve(options: Options) -> None:
     host = options.advertise_address or await _advertised(options.manager, asked)
     backend = _load_backend(options.home)
     abilities = await backend.probe()
-    found = await _find_devices(options)
+    plugins = _load_accelerators()
+    found = await _find_devices(options, plugins)
     hello = _hello(options, host, backend.name, abilities, found)
     for limitation in hello.limitations:
         _log.warning("%s", limitation)
+    traces = tracing.set_up("agent", options.name)
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
         stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(connection)
         storage = ManagerStorage(stub)
-        node = _node(options, host, backend, {one.id: one for one in found.devices}, storage, http)
+        devices = {one.id: one for one in found.devices}
+        node = _node(options, host, backend, devices, storage, http, traces)
         supervisor = Supervisor(options.home, node)
         await supervisor.adopt()
         logs_sent = LogSender(stub, node.logs, supervisor.has_ended)
-        pruning = asyncio.create_task(node.logs.run())
-        link = asyncio.create_task(
-            Link(
-                name=options.name,
-                home=options.home,
-                join_token=options.join_token,
-                hello=hello,
-                stub=stub,
-                supervisor=supervisor,
-                storage=storage,
-                logs=logs_sent,
-            ).run()
+        measurer = Measurer(
+            backend, plugins, devices, supervisor.running, supervisor.changed.set, node.counts
         )
-        waited: set[asyncio.Future[Any]] = {asked, link}
-        try:
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            # First: the manager must not answer the end of sessions by placing new ones here.
-            for task in (link, pruning):
-                task.cancel()
-            await asyncio.wait({link, pruning})
-            await logs_sent.close()
+        link = Link(
+            name=options.name,
+            home=options.home,
+            join_token=options.join_token,
+            hello=hello,
+            stub=stub,
+            supervisor=supervisor,
+            storage=storage,
+            logs=logs_sent,
+            measurer=measurer,
+        )
+
+        async def page() -> str:
+            return exposition.render(
+                agent=options.name,
+                version=hello.version,
+                connected=link.connected,
+                streams=link.streams,
+                phases=supervisor.phases(),
+                newest=measurer.newest,
+                counts=node.counts,
+            )
+
+        async with metrics_server.serving(options.metrics_bind, options.metrics_port, page):
+            linked = asyncio.create_task(link.run())
+            working = [linked, asyncio.create_task(node.logs.run()), asyncio.create_task(measurer.run())]
+            waited: set[asyncio.Future[Any]] = {asked, linked}
+            try:
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                # First: the manager must not answer the end of sessions by placing new ones here.
+                for task in working:
+                    task.cancel()
+                await asyncio.wait(working)
+                await logs_sent.close()
         if asked.done() and asked.result() == signal.SIGINT:
             _log.info("stopping all sessions")
             await supervisor.stop_all()
         else:
             await supervisor.detach()
-        if not link.cancelled() and (error := link.exception()) is not None:
+        if traces is not None:
+            await traces.close()
+        if not linked.cancelled() and (error := linked.exception()) is not None:
             raise error
 
 
@@ -269,6 +305,7 @@ def _node(
     devices: dict[str, fleet_pb2.Device],
     storage: ManagerStorage,
     http: Any,
+    traces: tracing.Tracing | None = None,
 ) -> Node:
     return Node(
         agent=options.name,
@@ -279,6 +316,7 @@ def _node(
         devices=devices,
         http=http,
         logs=LogArchive(options.home),
+        tracing=traces,
     )
 
 
@@ -315,11 +353,16 @@ def _load_backend(home: Path) -> Backend:
     return backend
 
 
-async def _find_devices(options: Options) -> Found:
+def _load_accelerators() -> list[Accelerator]:
+    """In the order in which they are asked."""
     plugins: list[Accelerator] = [entry.load()() for entry in entry_points(group="dure.agent.accelerators")]
+    return sorted(plugins, key=lambda plugin: plugin.order)
+
+
+async def _find_devices(options: Options, plugins: list[Accelerator]) -> Found:
     devices: tuple[fleet_pb2.Device, ...] = ()
     limitations: tuple[str, ...] = ()
-    for plugin in sorted(plugins, key=lambda plugin: plugin.order):
+    for plugin in plugins:
         found = await plugin.find(Request(options.name, options.simulated_gpus, devices))
         devices += found.devices
         limitations += found.limitations

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dure.agent.backends.base import (
     StartFailed,
 )
 from dure.agent.backends.outcome import without_message
+from dure.agent.counts import Counts
 from dure.agent.folders import Folders
 from dure.agent.health import Health, Policy
 from dure.agent.kernel import Event
@@ -35,6 +37,7 @@ from dure.agent.prober import Answer
 from dure.agent.shim.files import read_json, write_bytes, write_json
 from dure.fleet.v1 import fleet_pb2
 from dure.wire.backoff import backoff_s
+from dure.wire.tracing import Tracing
 
 LOG_TAIL_BYTES = 4096
 _log = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ class Node:
     devices: Mapping[str, fleet_pb2.Device]
     http: aiohttp.ClientSession
     logs: LogArchive
+    counts: Counts = field(default_factory=Counts)
+    tracing: Tracing | None = None
 
 
 class Runner:
@@ -75,6 +80,7 @@ class Runner:
         self._policy = _policy_of(spec)
         self._health = health.begin(self._policy)
         self._own_sockets: frozenset[int] = frozenset()
+        self._start: _Start | None = None
         self.status = fleet_pb2.KernelStatus(uid=spec.uid, host=node.host)
 
     def save(self) -> None:
@@ -86,6 +92,7 @@ class Runner:
         """Starts it, or goes on where the agent before stopped, until it ended."""
         try:
             if not await self._adopt():
+                self._start = _Start(self._node, self.spec)
                 await self._prepare()
             await self._follow()
         except StartFailed as error:
@@ -101,6 +108,13 @@ class Runner:
                 error.strerror if isinstance(error, OSError) and error.strerror else "see the agent's log"
             )
             self._fail("START_FAILED", f"the node could not run it: {reason}")
+        finally:
+            self._start_over("was told to go before its command ran")
+
+    def _start_over(self, error: str = "") -> None:
+        if self._start is not None:
+            self._start.over(error)
+            self._start = None
 
     async def stop(self, grace_s: float) -> None:
         """Ends it and frees what it used, but keeps its folder and with it how it ended."""
@@ -244,6 +258,7 @@ class Runner:
                     self._emit(None)
                     continue
                 started = True
+                self._start_over()
                 if clusters.is_probed(self.spec):
                     self._resume_health(seen.started_at_s)
                     probing = asyncio.create_task(self._probe(seen.started_at_s))
@@ -274,15 +289,18 @@ class Runner:
     async def _complaint(self) -> str:
         port = self.status.port
         inodes, problem = await asyncio.to_thread(sockets.reached, port, self._node.host)
-        if problem or inodes == self._own_sockets:
-            return problem
+        if inodes and inodes == self._own_sockets:
+            return ""
         # Looking through the descriptors of all processes costs milliseconds: once for each new listener.
         pids = await self._node.backend.processes(self.handle)
+        if problem:
+            return problem + await asyncio.to_thread(sockets.elsewhere, port, pids)
         problem = await asyncio.to_thread(sockets.stranger, port, inodes, pids)
         self._own_sockets = inodes if not problem else frozenset()
         return problem
 
     def _record(self, current: Health, answer: Answer) -> None:
+        self._node.counts.probes.add("success" if answer.success else "failure")
         before = (self.status.health, self.status.consecutive_failures, self.status.probe_detail)
         self._health = current
         self.status.health = fleet_pb2.KernelHealth.ValueType(current.state.value)
@@ -321,6 +339,8 @@ class Runner:
 
     def _end(self, ended: Ended) -> None:
         self.ended = True
+        self._node.counts.ends.add(ended.reason)
+        self._start_over(ended.message or ended.reason)
         self.status.pid = 0
         self.status.exit.CopyFrom(
             fleet_pb2.KernelExit(
@@ -338,6 +358,30 @@ class Runner:
     def _say(self, message: str) -> None:
         self.status.message = message
         self._emit(None)
+
+
+class _Start:
+    """A start under way: how long it takes, and its trace."""
+
+    def __init__(self, node: Node, spec: fleet_pb2.KernelSpec) -> None:
+        self._node = node
+        self._began_s = time.monotonic()
+        self._span = None
+        if node.tracing is not None:
+            described = {
+                "dure.kernel": spec.uid,
+                "dure.replica": spec.replica_uid,
+                "dure.project": spec.project,
+                "dure.endpoint": spec.endpoint,
+            }
+            self._span = node.tracing.begin("kernel start", "internal", described)
+
+    def over(self, error: str) -> None:
+        """Empty: its command runs."""
+        if not error:
+            self._node.counts.started.observe(time.monotonic() - self._began_s)
+        if self._node.tracing is not None:
+            self._node.tracing.end(self._span, error[:200])
 
 
 def _policy_of(spec: fleet_pb2.KernelSpec) -> Policy | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _LISTEN = "0A"
+PORTS_SHOWN_MAX = 3
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,22 @@ def stranger(port: int, inodes: frozenset[int], pids: Iterable[int]) -> str:
     return ""
 
 
+def elsewhere(port: int, pids: Iterable[int]) -> str:
+    """The advice for a program that listens on other ports than the one that it was given, else empty."""
+    own = inodes_of(pids)
+    others = {number for number, listener in _listening() if listener.inode in own}
+    if not others or port in others:
+        return ""
+    shown = ", ".join(map(str, sorted(others)[:PORTS_SHOWN_MAX]))
+    return f" (the session listens on {shown}): let its command listen on {{port}}, or on $PORT"
+
+
 def listeners(port: int) -> list[Listener]:
-    found: list[Listener] = []
+    return [listener for number, listener in _listening() if number == port]
+
+
+def _listening() -> Iterator[tuple[int, Listener]]:
+    """Every listening socket, by its port."""
     for name in ("tcp", "tcp6"):
         try:
             with open(f"/proc/net/{name}", encoding="ascii") as file:
@@ -53,11 +68,9 @@ def listeners(port: int) -> list[Listener]:
                         # Listening ones come first, and there can be very many others.
                         break
                     address, _, number = fields[1].partition(":")
-                    if int(number, 16) == port:
-                        found.append(Listener(_address(address), int(fields[9])))
+                    yield int(number, 16), Listener(_address(address), int(fields[9]))
         except FileNotFoundError:
             continue
-    return found
 
 
 def inodes_of(pids: Iterable[int]) -> set[int]:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ class Supervisor:
     def has_ended(self, uid: str) -> bool:
         """Whether a kernel writes no more to its log."""
         return uid not in self._runners or self._runners[uid].ended
+
+    def running(self) -> list[tuple[fleet_pb2.KernelSpec, Handle]]:
+        """Kernels whose command runs."""
+        return [
+            (runner.spec, runner.handle)
+            for uid, runner in self._runners.items()
+            if not runner.ended and self._kernels.phase(uid) is Phase.RUNNING
+        ]
+
+    def phases(self) -> Counter[Phase]:
+        """How many kernels are in each phase."""
+        return Counter(entry.phase for entry in self._kernels.entries.values())
 
     def apply(self, desired: fleet_pb2.Desired) -> None:
         """Takes in a message of the manager; a snapshot counts once it is complete."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
+import threading
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -51,3 +53,43 @@ def is_readable(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
+
+
+class Background:
+    """Runs blocking calls, one at a time, each in a daemon thread: one that never comes back holds up nobody,
+    neither the loop nor the end of the program. It only keeps the next from being tried."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._busy = False
+
+    async def run(self, function: Callable[[], _T], limit_s: float) -> _T:
+        """Raises TimeoutError after `limit_s`, or at once if the call before has not come back yet."""
+        if self._busy:
+            raise TimeoutError("the call before has not come back yet")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_T] = loop.create_future()
+
+        def deliver(result: _T | None, error: Exception | None) -> None:
+            self._busy = False
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)  # type: ignore[arg-type]
+
+        def work() -> None:
+            result, raised = None, None
+            try:
+                result = function()
+            except Exception as error:
+                raised = error
+            # The loop may be closed when a late call comes back.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(deliver, result, raised)
+
+        self._busy = True
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        async with asyncio.timeout(limit_s):
+            return await answer

@@ -58,11 +58,14 @@ ANSWERS: Mapping[str, tuple[int, str, int]] = {
     "blocked": (503, "the endpoint failed too often and waits for its owner", 60),
     "stopped": (503, "the endpoint is stopped: its owner wants zero replicas", 60),
     "terminating": (503, "the endpoint is being removed", 60),
+    "hold_full": (503, "too many requests wait for this endpoint to start", 5),
     "queue_timeout": (503, "the request waited too long for a free replica", 1),
     "upstream_timeout": (504, "the replica did not begin to answer in time", 0),
 }
 _UNAVAILABLE: Mapping[int, str] = {
     pb.UNAVAILABILITY_STARTING: "starting",
+    # The manager always asks for requests to be held then: this is one that knows better by now.
+    pb.UNAVAILABILITY_IDLE: "starting",
     pb.UNAVAILABILITY_UNHEALTHY: "unhealthy",
     pb.UNAVAILABILITY_BLOCKED: "blocked",
     pb.UNAVAILABILITY_STOPPED: "stopped",

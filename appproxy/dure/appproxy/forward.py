@@ -36,6 +36,8 @@ _SEARCH_PAUSE_S = 0.05
 STREAM_IDLE_MAX_S = 3600.0
 # A client that takes nothing of its response for this long is given up.
 CLIENT_STALL_MAX_S = 600.0
+# What aiohttp may have buffered of a body that is not being read.
+BODY_BUFFER_BYTES = 128 * 1024
 _IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"))
 
 Lookup = Callable[[web.BaseRequest], Endpoint | None]
@@ -70,6 +72,8 @@ class Exchange:
     target: bytes
     drop_authorization: bool
     upgrade: bool
+    began_s: float
+    tried: Tries
     answered: bool = False
     keep_alive: bool = False
     framed: bool = False
@@ -96,12 +100,17 @@ class Forwarder:
         request_id = hygiene.request_id_of(request.raw_headers, made)
         endpoint: Endpoint | None = None
         exchange: Exchange | None = None
+        refused: Refusal | None = None
         status = ABORTED
         self._live.active += 1
         try:
             endpoint = self._endpoint_of(request)
             endpoint.meter.in_flight += 1
-            exchange = self._admit(request, endpoint, request_id, made)
+            exchange = self._admit(request, endpoint, request_id, made, began_s)
+            endpoint.meter.arrived += 1
+            if endpoint.holds:
+                # Before its body is read: what waits is to be small.
+                await self._live.hold(endpoint, exchange.tried)
             await exchange.upload.read_first()
             await self._forward(exchange)
             status = exchange.status
@@ -109,18 +118,19 @@ class Forwarder:
         except ConnectionError:
             # The client has gone; nobody is left to answer to.
             return Relayed(499, keep_alive=False)
-        except Refused as refused:
-            status = refused.answer.status
-            if endpoint is not None:
-                endpoint.meter.refused(refused.answer.code)
-            return self._answer(request, refused.answer, request_id)
+        except Refused as error:
+            refused = error.answer
+            return self._answer(request, refused, request_id)
         finally:
             self._live.active -= 1
             if endpoint is None:
                 self._live.unmatched += 1
             else:
                 endpoint.meter.in_flight -= 1
-                endpoint.meter.finished(status, self._clock() - began_s)
+                if refused is None:
+                    endpoint.meter.finished(status, self._clock() - began_s)
+                else:
+                    endpoint.meter.refused(refused.status, refused.code, admitted=exchange is not None)
 
     def _endpoint_of(self, request: web.BaseRequest) -> Endpoint:
         endpoint = self._lookup(request)
@@ -130,13 +140,13 @@ class Forwarder:
             raise Refused(refusal("starting", "this proxy has no route table yet; is its manager up?"))
         raise Refused(refusal("no_such_endpoint"))
 
-    def _admit(self, request: web.BaseRequest, endpoint: Endpoint, request_id: str, made: str) -> Exchange:
+    def _admit(
+        self, request: web.BaseRequest, endpoint: Endpoint, request_id: str, made: str, began_s: float
+    ) -> Exchange:
         limits = self._live.limits
         raw = request.raw_headers
-        if (
-            sum(len(name) + len(value) + 4 for name, value in raw) + len(request.raw_path)
-            > limits.head_bytes_max
-        ):
+        head_bytes = sum(len(name) + len(value) + 4 for name, value in raw) + len(request.raw_path)
+        if head_bytes > limits.head_bytes_max:
             message = f"the request's head is larger than this proxy takes ({limits.head_bytes_max} bytes)"
             raise Refused(refusal("head_too_large", message, close=True))
         if request.method == "CONNECT":
@@ -153,21 +163,25 @@ class Forwarder:
         if isinstance(grant, Refusal):
             raise Refused(grant)
         traceparent = hygiene.traceparent_of(raw, f"00-{made}-{secrets.token_hex(8)}-00")
+        upload = Upload(request, bytes_max=limits.body_bytes_max, stall_s=limits.first_byte_timeout_s)
+        buffered_bytes = 0 if upload.complete else min(upload.length or BODY_BUFFER_BYTES, BODY_BUFFER_BYTES)
         return Exchange(
             request=request,
             endpoint=endpoint,
-            upload=Upload(request, bytes_max=limits.body_bytes_max, stall_s=limits.first_byte_timeout_s),
+            upload=upload,
             edge=hygiene.Edge(request.remote or "unknown", request.scheme, request_id, traceparent),
             target=target,
             drop_authorization=grant is Grant.TOKEN,
             upgrade=_asks_for_websocket(request),
+            began_s=began_s,
+            tried=Tries(size_bytes=head_bytes + buffered_bytes),
         )
 
     async def _forward(self, exchange: Exchange) -> None:
         """Relays the answer of some replica. Raises Refused if none gave one."""
         endpoint, live = exchange.endpoint, self._live
         idempotent = exchange.request.method in _IDEMPOTENT
-        tried = Tries()
+        tried = exchange.tried
         tries = delivered = 0
         search_until_s = self._clock() + SEARCH_S
         last = refusal("upstream_unreachable")
@@ -333,6 +347,7 @@ class Forwarder:
             return False
         request = exchange.request
         exchange.status = head.status
+        exchange.endpoint.meter.began(self._clock() - exchange.began_s)
         bodiless = request.method == "HEAD" or head.status in (204, 304)
         by_length = bodiless or head.length is not None
         exchange.framed = by_length or request.version >= (1, 1)
@@ -353,6 +368,7 @@ class Forwarder:
             raise Malformed("it switched protocols without having been asked to")
         exchange.answered = True
         exchange.status = 101
+        exchange.endpoint.meter.began(self._clock() - exchange.began_s)
         lines = hygiene.response_head(
             head, request_id=exchange.edge.request_id, chunked=False, connection=b"Upgrade"
         )

@@ -12,12 +12,19 @@ from dataclasses import dataclass, field
 
 from dure.appproxy.admission import Refusal, TokenCheck, WaitingLine, refusal, unavailable
 from dure.appproxy.balance import Balancer, NoReplica, Replica
+from dure.appproxy.holding import Full, Holding
 from dure.appproxy.meter import EndpointMeter
 from dure.appproxy.table import EMPTY, Route, Table
+from dure.routing.v1 import routing_pb2 as pb
 
 # How long a replica that refused connections is reported as unreachable.
 UNREACHABLE_REPORT_S = 10.0
 UNREACHABLE_REPORTED_MAX = 100
+# No manager asks for longer; one that does is not believed.
+HOLD_MAX_S = 600.0
+_HOPELESS = frozenset(
+    (pb.UNAVAILABILITY_BLOCKED, pb.UNAVAILABILITY_STOPPED, pb.UNAVAILABILITY_TERMINATING)
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,15 @@ class Limits:
 
 @dataclass(eq=False)
 class Tries:
-    """What a request has tried in vain: replicas by uid, and the pool of the last of them."""
+    """What a request has tried in vain: replicas by uid, and the pool of the last of them.
+
+    `size_bytes` is what is kept of the request while it is held, `held_until_s` when that ends.
+    """
 
     replicas: set[str] = field(default_factory=set)
     pool: int | None = None
+    size_bytes: int = 0
+    held_until_s: float | None = None
 
     def add(self, replica: Replica) -> None:
         self.replicas.add(replica.target.replica_uid)
@@ -46,13 +58,21 @@ class Tries:
 
 @dataclass(eq=False)
 class Endpoint:
-    """One endpoint that is in the table, or was when a request that is under way began."""
+    """One endpoint that is in the table, or was when a request that is under way began.
+
+    `holds` while it has no replica and its requests are to wait for one.
+    """
 
     route: Route
     balancer: Balancer
     line: WaitingLine
     meter: EndpointMeter
     waiters: dict[int, tuple[asyncio.Future[Replica | None], Tries]] = field(default_factory=dict)
+    holds: bool = False
+
+
+class _AtZero(Exception):
+    """There is no replica, and requests are to wait for one."""
 
 
 class AllTried(Exception):
@@ -81,6 +101,7 @@ class Live:
         self.endpoints: dict[str, Endpoint] = {}
         self.unmatched = 0
         self.active = 0
+        self.holding = Holding()
         self.on_gone: list[Callable[[Replica], None]] = []
         self.on_table: list[Callable[[], None]] = []
         self.on_drained: list[Callable[[], None]] = []
@@ -96,7 +117,9 @@ class Live:
             gone = self.endpoints.pop(uid)
             for replica in gone.balancer.update(()):
                 self._gone(replica)
+            gone.holds = False
             self._wake_all(gone)
+            self.holding.free(uid)
         for uid, route in table.routes.items():
             endpoint = self.endpoints.get(uid)
             if endpoint is None:
@@ -112,7 +135,14 @@ class Live:
             for replica in endpoint.balancer.update(route.targets, route.pools):
                 self._gone(replica)
             endpoint.meter.keep_replicas({target.replica_uid for target in route.targets})
+            endpoint.holds = (
+                route.hold_ms > 0
+                and route.unavailability not in _HOPELESS
+                and not endpoint.balancer.serving()
+            )
             self._hand_over(endpoint)
+            if not endpoint.holds:
+                self.holding.free(uid)
         changed, self._table_changed = self._table_changed, asyncio.Event()
         changed.set()
         for callback in self.on_table:
@@ -127,16 +157,50 @@ class Live:
             return
 
     async def lease(self, endpoint: Endpoint, tried: Tries) -> Replica:
-        """A replica with a place for one more request; `release` it. Waits in line if all are busy.
+        """A replica with a place for one more request; `release` it. Waits in line if all are busy, and
+        for a replica to start where the endpoint holds its requests.
 
         Raises Refused, or AllTried.
         """
+        while True:
+            if endpoint.holds:
+                await self.hold(endpoint, tried)
+            try:
+                return await self._lease(endpoint, tried)
+            except _AtZero:
+                continue
+
+    async def hold(self, endpoint: Endpoint, tried: Tries) -> None:
+        """Waits as long as the endpoint holds its requests. Raises Refused.
+
+        The time is one for the whole request, however often the endpoint goes to zero meanwhile.
+        """
+        loop = asyncio.get_running_loop()
+        while endpoint.holds:
+            hold_s = min(HOLD_MAX_S, endpoint.route.hold_ms / 1000)
+            if tried.held_until_s is None:
+                tried.held_until_s = loop.time() + hold_s
+            endpoint.meter.held += 1
+            try:
+                async with asyncio.timeout_at(tried.held_until_s):
+                    await self.holding.wait(endpoint.route.endpoint_uid, tried.size_bytes)
+            except TimeoutError:
+                message = f"no replica has started within the {hold_s:g} s that this request has waited"
+                raise Refused(refusal("starting", message)) from None
+            except Full:
+                raise Refused(refusal("hold_full")) from None
+            finally:
+                endpoint.meter.held -= 1
+        if self.endpoints.get(endpoint.route.endpoint_uid) is not endpoint:
+            raise Refused(refusal("no_such_endpoint"))
+
+    async def _lease(self, endpoint: Endpoint, tried: Tries) -> Replica:
         if not len(endpoint.line):
             picked = self._pick(endpoint, tried)
             if picked is not None:
                 return picked
         elif not endpoint.balancer.serving():
-            raise Refused(unavailable(endpoint.route))
+            raise _AtZero if endpoint.holds else Refused(unavailable(endpoint.route))
         try:
             async with asyncio.timeout(self.limits.queue_wait_s):
                 return await self._wait_in_line(endpoint, tried)
@@ -144,12 +208,14 @@ class Live:
             raise Refused(refusal("queue_timeout")) from None
 
     def _pick(self, endpoint: Endpoint, tried: Tries) -> Replica | None:
-        """A replica, acquired; None if all are busy. Raises Refused, or AllTried."""
+        """A replica, acquired; None if all are busy. Raises Refused, AllTried, or _AtZero."""
         choice = endpoint.balancer.choose(self._clock(), tried.replicas, tried.pool)
         if isinstance(choice, Replica):
             endpoint.balancer.acquire(choice)
             return choice
         if choice is NoReplica.NONE_SERVING:
+            if endpoint.holds:
+                raise _AtZero
             raise Refused(unavailable(endpoint.route))
         if choice is NoReplica.ALL_TRIED:
             raise AllTried
@@ -195,9 +261,11 @@ class Live:
         self._hand_over(endpoint)
 
     def connect_failed(self, endpoint: Endpoint, replica: Replica) -> None:
-        now_s = self._clock()
+        now_s, failures = self._clock(), replica.failures
         endpoint.balancer.connect_failed(replica, now_s)
-        endpoint.meter.replica(replica.target.replica_uid).connect_failures += 1
+        meter = endpoint.meter.replica(replica.target.replica_uid)
+        meter.connect_failures += 1
+        meter.ejections += replica.failures > failures
         address = f"{replica.target.host}:{replica.target.port}"
         self._unreachable.pop(address, None)
         self._unreachable[address] = now_s
@@ -228,7 +296,7 @@ class Live:
             waiter, tried = endpoint.waiters[ticket]
             try:
                 replica = self._pick(endpoint, tried)
-            except (Refused, AllTried):
+            except (Refused, AllTried, _AtZero):
                 replica = None
             else:
                 if replica is None:

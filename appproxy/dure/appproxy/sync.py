@@ -17,6 +17,8 @@ import grpc.aio
 
 from dure.appproxy.listeners import Listeners
 from dure.appproxy.live import Live
+from dure.appproxy.measuring import Measuring, Seen
+from dure.appproxy.scraper import Scraper
 from dure.appproxy.table import Assembler, Table, TableError, dump, load
 from dure.routing.v1 import routing_pb2 as pb
 from dure.routing.v1 import routing_pb2_grpc as rpc
@@ -29,7 +31,11 @@ from dure.wire.settings import write_file
 log = logging.getLogger(__name__)
 
 REPORT_S = 2.0
+# How often it is looked whether there are measurements to report.
+MEASURE_S = 1.0
 SILENCE_MAX_S = 6.0
+# News come in bursts, and clients that come and go must not make a flood of reports.
+_REPORT_PAUSE_S = 0.01
 _JOIN_TIMEOUT_S = 5.0
 _RECONNECT_FIRST_S = 0.2
 _RECONNECT_MAX_S = 1.0
@@ -108,6 +114,7 @@ class Sync:
         self,
         live: Live,
         listeners: Listeners,
+        scraper: Scraper,
         membership: Membership,
         *,
         manager: str,
@@ -118,8 +125,11 @@ class Sync:
         self.admin_url = ""
         self.connected = False
         self.heard_at_s: float | None = None
+        self.reports = 0
         self._live = live
         self._listeners = listeners
+        self._scraper = scraper
+        self._measuring = Measuring()
         self._membership = membership
         self._manager = manager
         self._home = home
@@ -131,6 +141,7 @@ class Sync:
         self._report_now = asyncio.Event()
         live.on_table.append(self._report_now.set)
         live.on_drained.append(self._report_now.set)
+        live.holding.on_first.append(self._report_now.set)
         listeners.on_failures.append(self._report_now.set)
 
     async def run(self) -> None:
@@ -158,7 +169,7 @@ class Sync:
                 log.exception("the stream to the manager failed")
                 said = "internal error"
             finally:
-                self.connected = False
+                self.connected = self._scraper.wanted = False
             attempt = 1 if self._heard_in_stream else attempt + 1
             if said != last_said:
                 revision = self._live.table.revision_number
@@ -211,7 +222,7 @@ class Sync:
                 message = await call.read()
             if not isinstance(message, pb.ConnectResponse):
                 raise StreamBroken("the manager ended the stream")
-            self.connected = self._heard_in_stream = True
+            self.connected = self._heard_in_stream = self._scraper.wanted = True
             self.heard_at_s = self._clock()
             if message.WhichOneof("message") == "update":
                 self._apply(message.update)
@@ -229,23 +240,57 @@ class Sync:
             log.info("route table at revision %d: %d endpoints", table.revision_number, len(table.routes))
 
     async def _send_reports(self, call: Call) -> None:
+        self._measuring.start(self._seen(), self._clock())
+        told_s = self._clock() - REPORT_S
+        measure_s = self._clock() + MEASURE_S
         while True:
+            now_s = self._clock()
+            news, tick = self._report_now.is_set(), now_s >= measure_s
             self._report_now.clear()
-            report = pb.Report(
-                applied_revision_number=self._live.table.revision_number,
-                drained=self._live.drained(),
-                bind_failures=[
-                    pb.BindFailure(endpoint_uid=f.endpoint_uid, port=f.port, detail=f.detail)
-                    for f in self._listeners.failures.values()
-                ],
-                unreachable_targets=self._live.unreachable(),
-            )
-            await call.write(pb.ConnectRequest(report=report))
+            if tick:
+                measure_s = max(measure_s + MEASURE_S, now_s)
+            held = list(self._live.holding.held())
+            measured = self._take(now_s) if tick else []
+            if news or measured or held or now_s - told_s >= REPORT_S:
+                await self._report(call, held, measured)
+                while measured and (measured := self._take(now_s)):
+                    # What did not fit goes out at once.
+                    await self._report(call, held, measured)
+                told_s = now_s
+                await asyncio.sleep(_REPORT_PAUSE_S)
             try:
-                async with asyncio.timeout(REPORT_S):
+                async with asyncio.timeout(max(0.0, measure_s - self._clock())):
                     await self._report_now.wait()
             except TimeoutError:
                 continue
+
+    def _take(self, now_s: float) -> list[pb.EndpointMeasurement]:
+        return self._measuring.take(self._seen(), self._scraper.found, now_s)
+
+    def _seen(self) -> dict[str, Seen]:
+        return {
+            uid: Seen(
+                endpoint.meter, tuple(replica.target.replica_uid for replica in endpoint.balancer.replicas)
+            )
+            for uid, endpoint in self._live.endpoints.items()
+        }
+
+    async def _report(
+        self, call: Call, held: list[str], measured: list[pb.EndpointMeasurement]
+    ) -> None:
+        report = pb.Report(
+            applied_revision_number=self._live.table.revision_number,
+            drained=self._live.drained(),
+            bind_failures=[
+                pb.BindFailure(endpoint_uid=f.endpoint_uid, port=f.port, detail=f.detail)
+                for f in self._listeners.failures.values()
+            ],
+            unreachable_targets=self._live.unreachable(),
+            measurements=measured,
+            held=held,
+        )
+        await call.write(pb.ConnectRequest(report=report))
+        self.reports += 1
 
     def _hello(self, unavailable: list[int]) -> pb.Hello:
         membership, table = self._membership, self._assembler.table

@@ -47,6 +47,14 @@ class TrafficPool:
 
 
 @dataclass(frozen=True, slots=True)
+class Scraping:
+    """Where replicas show their metrics, and the time between two looks at them."""
+
+    path: str
+    interval_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """How one endpoint is served. `unavailability` is the enum's number, see routing.proto."""
 
@@ -61,16 +69,22 @@ class Route:
     unavailability_detail: str
     revoked_tokens: frozenset[str]
     pools: tuple[TrafficPool, ...] = ()
+    scraping: Scraping | None = None
+    hold_ms: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """All routes by endpoint uid, and the raw public keys by id. Build it with `make`."""
+    """All routes by endpoint uid, and the raw public keys by id. Build it with `make`.
+
+    `members` are the proxies of the group that are connected; they are not kept on disk.
+    """
 
     id: str
     revision_number: int
     routes: Mapping[str, Route]
     keys: Mapping[str, bytes]
+    members: tuple[str, ...]
     _by_port: Mapping[int, Route] = field(repr=False, compare=False)
     _by_label: Mapping[str, Route] = field(repr=False, compare=False)
 
@@ -85,7 +99,25 @@ class Table:
         return self._by_port
 
 
-def make(table_id: str, revision_number: int, routes: Iterable[Route], keys: Mapping[str, bytes]) -> Table:
+def scraper_of(members: Iterable[str], replica_uid: str) -> str:
+    """The member that scrapes a replica, "" without members.
+
+    Rendezvous hashing: all proxies agree without a word, and one that comes or goes moves only its own share.
+    """
+    return max(members, key=lambda member: (_rank(member, replica_uid), member), default="")
+
+
+def _rank(member: str, replica_uid: str) -> bytes:
+    return hashlib.blake2b(f"{member}\0{replica_uid}".encode(), digest_size=8).digest()
+
+
+def make(
+    table_id: str,
+    revision_number: int,
+    routes: Iterable[Route],
+    keys: Mapping[str, bytes],
+    members: Iterable[str] = (),
+) -> Table:
     """A table, checked whole. Raises TableError if two endpoints share an address, or a value cannot be."""
     by_uid: dict[str, Route] = {}
     by_port: dict[int, Route] = {}
@@ -106,7 +138,7 @@ def make(table_id: str, revision_number: int, routes: Iterable[Route], keys: Map
     for key_id, key in keys.items():
         if not key_id or len(key) != 32:
             raise TableError(f"key `{key_id}` is not an Ed25519 public key of 32 bytes")
-    return Table(table_id, revision_number, by_uid, dict(keys), by_port, by_label)
+    return Table(table_id, revision_number, by_uid, dict(keys), tuple(members), by_port, by_label)
 
 
 EMPTY = make("", 0, (), {})
@@ -148,6 +180,7 @@ def _merge(table: Table, pieces: list[pb.TableUpdate]) -> Table:
     if last.snapshot:
         routes: dict[str, Route] = {}
         keys: dict[str, bytes] = {}
+        members: tuple[str, ...] = ()
     else:
         if last.table_id != table.id:
             raise TableError(f"changes to table {last.table_id}, but this proxy has {table.id or 'none'}")
@@ -155,7 +188,7 @@ def _merge(table: Table, pieces: list[pb.TableUpdate]) -> Table:
             raise TableError(
                 f"changes up to revision {last.revision_number}, but this proxy is at {table.revision_number}"
             )
-        routes, keys = dict(table.routes), dict(table.keys)
+        routes, keys, members = dict(table.routes), dict(table.keys), table.members
     new_keys: dict[str, bytes] = {}
     for piece in pieces:
         for uid in piece.removed:
@@ -163,7 +196,8 @@ def _merge(table: Table, pieces: list[pb.TableUpdate]) -> Table:
         for message in piece.routes:
             routes[message.endpoint_uid] = _route_of(message)
         new_keys.update({key.id: key.key for key in piece.keys})
-    return make(last.table_id, last.revision_number, routes.values(), new_keys or keys)
+        members = tuple(piece.members) or members
+    return make(last.table_id, last.revision_number, routes.values(), new_keys or keys, members)
 
 
 def dump(table: Table) -> bytes:
@@ -232,6 +266,10 @@ def _route_of(message: pb.Route) -> Route:
         unavailability_detail=message.unavailability_detail,
         revoked_tokens=frozenset(message.revoked_tokens),
         pools=tuple(TrafficPool(pool.revision, pool.weight) for pool in message.pools),
+        scraping=Scraping(message.scrape.path, message.scrape.interval_ms)
+        if message.HasField("scrape")
+        else None,
+        hold_ms=message.hold_ms,
     )
 
 
@@ -248,6 +286,10 @@ def _message_of(route: Route) -> pb.Route:
         unavailability_detail=route.unavailability_detail,
         revoked_tokens=sorted(route.revoked_tokens),
         pools=[pb.Pool(revision=pool.revision, weight=pool.weight) for pool in route.pools],
+        scrape=pb.ScrapeSettings(path=route.scraping.path, interval_ms=route.scraping.interval_ms)
+        if route.scraping is not None
+        else None,
+        hold_ms=route.hold_ms,
     )
 
 

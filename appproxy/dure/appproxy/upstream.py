@@ -233,6 +233,8 @@ class Pool:
 
     def __init__(self) -> None:
         self._idle: dict[Address, deque[Connection]] = {}
+        self.opened = 0
+        self.reused = 0
 
     async def acquire(self, address: Address, *, safe: bool) -> Connection:
         """An idle connection, or a new one. `safe`: the request may be repeated if the connection was dead.
@@ -249,9 +251,12 @@ class Pool:
             connection.on_idle_lost = None
             if fit:
                 connection.reused = True
+                self.reused += 1
                 return connection
             connection.close()
-        return await connect(address)
+        connection = await connect(address)
+        self.opened += 1
+        return connection
 
     def release(self, address: Address, connection: Connection) -> None:
         """Takes back a connection: kept if it can be used again and there is room, else ended."""

@@ -14,9 +14,11 @@ from dure.client.endpoints import EndpointGroup
 from dure.client.folders import FolderGroup
 from dure.client.models import ModelGroup
 from dure.client.projects import ProjectGroup
+from dure.client.rules import RuleGroup
 from dure.client.runtimes import RuntimeGroup
 from dure.client.tokens import TokenGroup
 from dure.client.users import KeyGroup, UserGroup
+from dure.v1.scaling_pb2 import GetMeasurementsResponse
 
 
 class Client:
@@ -51,6 +53,7 @@ class Client:
         self.images = Images(self._caller)
         self.runtimes = RuntimeGroup(self._caller)
         self.models = ModelGroup(self._caller, project)
+        self.rules = RuleGroup(self._caller, project)
 
     @classmethod
     def from_context(
@@ -67,6 +70,10 @@ class Client:
         return cls(
             context.manager, context.api_key, project or context.project, timeout_s=timeout_s, retry_s=retry_s
         )
+
+    async def measurements(self) -> GetMeasurementsResponse:
+        """What is measured now of the project's endpoints, and of the nodes."""
+        return await self.rules.measurements()
 
     async def close(self) -> None:
         await self._caller.close()

@@ -6,7 +6,7 @@ different words have the same values. `manifest_reader.py` is the way back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from dure.client.notation import (
     mount_target,
     steps_text,
 )
+from dure.client.rule_notation import rule_values
 from dure.client.wanted import CLUSTER_MODES
 from dure.v1 import endpoint_pb2
 from dure.v1.endpoint_pb2 import (
@@ -27,6 +28,7 @@ from dure.v1.endpoint_pb2 import (
     RolloutStrategy,
     ServiceOverride,
 )
+from dure.v1.scaling_pb2 import ScalingRule
 from dure.wire.quantities import MEM
 
 STRATEGIES: dict[str, RolloutStrategy.ValueType] = {
@@ -42,6 +44,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "cluster_size": 1,
     "priority": 10,
     "open_to_public": False,
+    "metrics_path": "/metrics",
 }
 _ROLLOUT_DEFAULTS: Mapping[str, Any] = {
     "strategy": "rolling",
@@ -69,8 +72,8 @@ class Change:
         return f"~ {self.path}: {self.before} -> {self.after}"
 
 
-def to_manifest(endpoint: Endpoint) -> dict[str, Any]:
-    """The values of a file that asks for `endpoint`, in the order that the document has."""
+def to_manifest(endpoint: Endpoint, rules: Sequence[ScalingRule] = ()) -> dict[str, Any]:
+    """The values of a file that asks for `endpoint` and its rules, in the order that the document has."""
     modes = {number: word for word, number in CLUSTER_MODES.items()}
     values: dict[str, Any] = {
         "name": endpoint.name.rsplit("/", 1)[-1],
@@ -95,6 +98,11 @@ def to_manifest(endpoint: Endpoint) -> dict[str, Any]:
         "priority": endpoint.priority,
         "service": _service(endpoint.service),
         "rollout": _rollout(endpoint.rollout_policy),
+        "scale_to_zero_after": duration_text(endpoint.scale_to_zero_after)
+        if endpoint.scale_to_zero_after.ToNanoseconds()
+        else "",
+        "metrics_path": endpoint.metrics_path,
+        "scaling": [rule_values(rule) for rule in rules],
     }
     always = ("name", "model", "replicas")
     return {

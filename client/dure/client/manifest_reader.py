@@ -13,11 +13,13 @@ import yaml
 
 from dure.client.manifest import STRATEGIES
 from dure.client.notation import set_duration
+from dure.client.rule_reader import RULE_KEYS, read_rules
 from dure.client.wanted import CLUSTER_MODES, EndpointFields
 from dure.definitions.environ import wrong_variable
 from dure.definitions.problems import Problem, invalid
 from dure.definitions.reader import Reader, is_null, join, kind, tag
 from dure.v1.endpoint_pb2 import ExtraMount, RolloutPolicy, ServiceOverride
+from dure.v1.scaling_pb2 import ScalingRule
 from dure.wire import names
 from dure.wire.quantities import MEM, parse_duration_s, parse_slot
 
@@ -29,6 +31,7 @@ KEYS = (
     "name", "project", "model", "runtime", "replicas", "open_to_public", "resource_group", "preset",
     "resource_slots", "shared_memory", "environ", "image", "architecture", "model_mount_destination",
     "model_definition_path", "extra_mounts", "cluster_mode", "cluster_size", "priority", "service", "rollout",
+    "scale_to_zero_after", "metrics_path", "scaling",
 )  # fmt: skip
 _MOUNT_KEYS = ("folder", "target", "subpath", "writable")
 _SERVICE_KEYS = ("start_command", "shell", "port", "health_check")
@@ -45,19 +48,21 @@ _HOMES = {
     **dict.fromkeys(_ROLLOUT_KEYS, "rollout"),
     **{key: "service.health_check" for key in _CHECK_KEYS if key not in ("path", "disabled")},
     **dict.fromkeys(("folder", "writable"), "extra_mounts[]"),
+    **{key: "scaling[]" for key in RULE_KEYS if key not in ("name", "type", "step", "max", "min", "enabled")},
 }
 
 
 @dataclass(frozen=True)
 class Manifest:
     """One document. `fields` has every field that a file can say, those that it left out at their default;
-    `replicas` None: left out, so that an endpoint keeps its number."""
+    `replicas` None: left out, so that an endpoint keeps its number; `rules` None likewise."""
 
     name: str
     model: str
     project: str | None
     replicas: int | None
     fields: EndpointFields = field(default_factory=EndpointFields)
+    rules: tuple[ScalingRule, ...] | None = None
 
 
 def read_manifests(text: str, file: str) -> list[Manifest]:
@@ -147,6 +152,8 @@ def _manifest(reader: Reader, root: yaml.Node) -> Manifest:
         priority=reader.integer(found.get("priority"), "priority", 10, 1, 100),
         service=_service(reader, found.get("service")),
         rollout_policy=_rollout(reader, found.get("rollout")),
+        scale_to_zero_after=_idle_s(reader, found.get("scale_to_zero_after"), "scale_to_zero_after"),
+        metrics_path=_path(reader, found.get("metrics_path"), "metrics_path"),
     )
     mode = _choice(reader, found.get("cluster_mode"), "cluster_mode", tuple(CLUSTER_MODES))
     fields["cluster_mode"] = "multi-node" if mode == "multi-node" else "single-node"
@@ -157,6 +164,7 @@ def _manifest(reader: Reader, root: yaml.Node) -> Manifest:
         project=reader.text(found.get("project"), "project") or None,
         replicas=None if replicas is None else reader.integer(replicas, "replicas", 1, 0, 10_000),
         fields=fields,
+        rules=tuple(read_rules(reader, found["scaling"], "scaling")) if "scaling" in found else None,
     )
 
 
@@ -313,6 +321,18 @@ def _seconds(reader: Reader, node: yaml.Node, path: str, *, zero: bool) -> float
         reader.wrong(node, path, f"found {kind(node)}, expected a duration of more than zero")
         return 1.0
     return seconds
+
+
+def _idle_s(reader: Reader, node: yaml.Node | None, path: str) -> float:
+    return 0.0 if node is None else _seconds(reader, node, path, zero=True)
+
+
+def _path(reader: Reader, node: yaml.Node | None, path: str) -> str:
+    """An HTTP path; empty if it is not there."""
+    text = reader.text(node, path)
+    if text and not text.startswith("/"):
+        reader.wrong(node or 1, path, f"`{text}` does not begin with `/`")
+    return text
 
 
 def _choice(reader: Reader, node: yaml.Node | None, path: str, known: tuple[str, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Literal, TypedDict
 
 from dure.v1 import endpoint_pb2
@@ -41,6 +42,8 @@ class EndpointFields(TypedDict, total=False):
     extra_mounts: Sequence[ExtraMount]
     service: ServiceOverride
     rollout_policy: RolloutPolicy
+    scale_to_zero_after: float | timedelta  # seconds; 0: never
+    metrics_path: str
 
 
 def endpoint_of(fields: EndpointFields) -> tuple[Endpoint, list[str]]:
@@ -59,6 +62,10 @@ def endpoint_of(fields: EndpointFields) -> tuple[Endpoint, list[str]]:
             getattr(wanted, path).update(value)
         elif path == "extra_mounts":
             wanted.extra_mounts.extend(value)  # type: ignore[arg-type]
+        elif path == "scale_to_zero_after":
+            after_s = value.total_seconds() if isinstance(value, timedelta) else float(str(value))
+            if after_s:
+                wanted.scale_to_zero_after.FromNanoseconds(round(after_s * 1e9))
         elif path in ("service", "rollout_policy"):
             getattr(wanted, path).CopyFrom(value)
         else:

@@ -76,16 +76,16 @@ def read(text: str, file: str) -> tuple[Definition | None, list[Problem]]:
 
 
 def takes_literal_port(command: fleet_pb2.Command, port: int) -> bool:
-    """Whether a command names the declared port itself, as a word of its own or as `--x=NUMBER`.
+    """Whether a command names the declared port itself: as a word of its own, or at the end of one, as in
+    `--x=NUMBER`, `-pNUMBER` and `0.0.0.0:NUMBER`. Arguments count by their words, too: `sh -c` takes one.
 
     A command that uses `{port}` or `$PORT` anywhere can be given another one.
     """
-    words = (
-        list(command.argv.args) if command.HasField("argv") else re.split(r"[\s;|&'\"]+", command.shell.line)
-    )
+    texts = command.argv.args if command.HasField("argv") else [command.shell.line]
+    words = [word for text in texts for word in re.split(r"[\s;|&'\"(),]+", text)]
     if any("{port}" in word or re.search(r"\$(PORT\b|\{PORT\b)", word) for word in words):
         return False
-    return any(word == str(port) or re.fullmatch(rf"--?[\w.-]+={port}", word) for word in words)
+    return any(re.fullmatch(rf"(?:.*[=:]|-\w)?{port}", word) for word in words)
 
 
 def reserved_port(port: int) -> str:

@@ -79,9 +79,15 @@ class Reader:
             return None
         values: dict[str, yaml.Node] = {}
         empty: set[str] = set()
+        misspelt: set[str] = set()
         for key, (key_node, value) in entries.items():
             if key not in known:
                 self.wrong(key_node, join(path, shown(key)), self._unknown(key, path, known))
+                # What stands below a misspelt key is looked at, too: it is wrong in the same answer.
+                near = nearest(key, known)
+                if near is not None and near not in entries and not is_null(value):
+                    values.setdefault(near, value)
+                    misspelt.add(near)
             elif is_null(value):
                 empty.add(key)
                 if key in required:
@@ -89,7 +95,7 @@ class Reader:
             else:
                 values[key] = value
         for key in required:
-            if key not in values and key not in empty:
+            if key in misspelt or (key not in values and key not in empty):
                 self.wrong(node, join(path, key), "is required")
         return values
 
@@ -160,8 +166,7 @@ class Reader:
         if node is None:
             return default
         if not isinstance(node, yaml.ScalarNode) or tag(node) != "str":
-            hint = " (put it in quotes)" if isinstance(node, yaml.ScalarNode) else ""
-            self.wrong(node, path, f"found {kind(node)}, expected text{hint}")
+            self.wrong(node, path, f"found {kind(node)}, expected text{_text_hint(node)}")
             return default
         if not node.value.strip():
             self.wrong(node, path, "must not be empty")
@@ -170,8 +175,7 @@ class Reader:
     def word(self, node: yaml.Node, path: str) -> str:
         """An argument: text, or a number as it is written; may be empty."""
         if not isinstance(node, yaml.ScalarNode) or tag(node) not in ("str", "int", "float"):
-            hint = " (put it in quotes)" if isinstance(node, yaml.ScalarNode) else ""
-            self.wrong(node, path, f"found {kind(node)}, expected text{hint}")
+            self.wrong(node, path, f"found {kind(node)}, expected text{_text_hint(node)}")
             self.spend()
             return "?"
         return self._clean(node, path)
@@ -305,6 +309,17 @@ def kind(node: yaml.Node) -> str:
 
 def _keys(known: Sequence[str]) -> str:
     return ("the key " if len(known) == 1 else "the keys ") + ", ".join(f"`{key}`" for key in known)
+
+
+def _text_hint(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return " (put it in quotes)"
+    if isinstance(node, yaml.MappingNode) and len(node.value) == 1:
+        key, value = node.value[0]
+        # `{port}` without quotes is a mapping to YAML.
+        if isinstance(key, yaml.ScalarNode) and is_null(value) and not value.value:
+            return f' (a brace begins one: put it in quotes, "{{{shown(key.value)}}}")'
+    return ""
 
 
 def _odd_number(node: yaml.ScalarNode) -> bool:

@@ -51,7 +51,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Sample:
-    """A metric of an endpoint as it is now: its average over `window_ms` (0: the newest value), and how old the
+    """A metric of an endpoint as it is now: its average over a window (0: the newest value), and how old the
     newest value in it is. `stale_after_ms` is three times the interval at which it is measured.
     """
 
@@ -70,7 +70,8 @@ class Situation:
 
     `desired` is what the manager keeps now; `idle_ms` how long no request has come, None if that is not known
     (a proxy is away, the manager has just started); `scale_to_zero_ms` is 0 where an endpoint never goes to
-    zero by itself; `held` says that requests wait for an endpoint at zero.
+    zero by itself; `held` says that requests wait for an endpoint at zero; `proxies_away` that a proxy which
+    saw a part of the traffic is not heard of.
     """
 
     now_ms: int
@@ -78,6 +79,7 @@ class Situation:
     idle_ms: int | None = None
     scale_to_zero_ms: int = 0
     held: bool = False
+    proxies_away: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ def revision(project_id: str, endpoint_id: str, number: int) -> str:
     return f"projects/{project_id}/endpoints/{endpoint_id}/revisions/{number}"
 
 
+def rule(project_id: str, endpoint_id: str, rule_id: str) -> str:
+    return f"projects/{project_id}/endpoints/{endpoint_id}/rules/{rule_id}"
+
+
 def event(project_id: str, endpoint_id: str, uid: str) -> str:
     return f"projects/{project_id}/endpoints/{endpoint_id}/events/{uid}"
 

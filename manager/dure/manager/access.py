@@ -71,6 +71,15 @@ _TABLE: dict[str, dict[str, Rule]] = {
         "CheckFolder": _READ,
     },
     "ModelService": {"GetModel": _READ, "ListModels": _READ, "RunModel": _WRITE},
+    "ScalingService": {
+        "CreateScalingRule": _WRITE,
+        "GetScalingRule": _READ,
+        "ListScalingRules": _READ,
+        "UpdateScalingRule": _WRITE,
+        "DeleteScalingRule": _WRITE,
+        "ExplainScaling": _READ,
+        "GetMeasurements": _READ,
+    },
     # GetToken shows a secret, which lets its reader call the endpoint: as good as making a token.
     "TokenService": {
         "CreateToken": _WRITE,

@@ -26,6 +26,8 @@ STEPS_MAX = 20
 DURATION_S_MAX = 7 * 24 * 3600
 PROGRESS_DEADLINE_S = 600
 CANARY_WEIGHT = 10
+METRICS_PATH = "/metrics"
+SCALE_TO_ZERO_MS_MIN = 1_000
 # The node's own folders; a mount that covers one of them would take its system away.
 _SYSTEM = (
     "/", "/proc", "/sys", "/dev", "/etc", "/usr", "/bin", "/lib", "/lib64", "/sbin", "/run", HOME, "/root",
@@ -45,6 +47,23 @@ def priority(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> int:
         found = f"found {wanted.priority}, expected 1 to {PRIORITY_MAX} (default {PRIORITY_DEFAULT})"
         violations.append(Violation("endpoint.priority", found))
     return wanted.priority or PRIORITY_DEFAULT
+
+
+def scale_to_zero_ms(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> int:
+    """0 for never."""
+    after_ms = wanted.scale_to_zero_after.ToNanoseconds() // 1_000_000
+    if after_ms and not SCALE_TO_ZERO_MS_MIN <= after_ms <= DURATION_S_MAX * 1000:
+        limits = f"{SCALE_TO_ZERO_MS_MIN // 1000} s to {DURATION_S_MAX} s, or 0 for never"
+        violations.append(Violation("endpoint.scale_to_zero_after", f"must be {limits}"))
+    return after_ms
+
+
+def metrics_path(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> str:
+    path = wanted.metrics_path or METRICS_PATH
+    if not re.fullmatch(r"/[\x21-\x7e]{0,511}", path):
+        found = f"`{path[:80]}` must begin with `/` and have no spaces"
+        violations.append(Violation("endpoint.metrics_path", found))
+    return path
 
 
 def cluster(

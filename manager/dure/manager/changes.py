@@ -20,7 +20,9 @@ from dure.wire.errors import InvalidInput, Violation
 _FIELDS = [field for field in endpoint_pb2.Endpoint.DESCRIPTOR.fields if 10 <= field.number < 50]
 ASKED = tuple(field.name for field in _FIELDS)
 # What shapes no replica: a change of it makes no new revision.
-UNSHAPED = ("replica_count", "open_to_public", "priority", "rollout_policy")
+UNSHAPED = (
+    "replica_count", "open_to_public", "priority", "rollout_policy", "scale_to_zero_after", "metrics_path",
+)  # fmt: skip
 UPDATABLE = tuple(name for name in ASKED if name != "model")
 _NANOSECONDS_MAX = 10**9 * 10**9
 _MAPS = ("resource_slots", "environ")
@@ -88,6 +90,9 @@ def canonical(endpoint: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
     result.cluster_mode = endpoint.cluster_mode or endpoint_pb2.CLUSTER_MODE_SINGLE_NODE
     result.cluster_size = endpoint.cluster_size or 1
     result.priority = endpoint.priority or asked.PRIORITY_DEFAULT
+    result.metrics_path = endpoint.metrics_path or asked.METRICS_PATH
+    if not endpoint.scale_to_zero_after.ToNanoseconds():
+        result.ClearField("scale_to_zero_after")
     for mount in result.extra_mounts:
         mount.folder = mount.folder.rsplit("/", 1)[-1]
         mount.target = mount.target or f"{asked.HOME}/{mount.folder}"

@@ -12,6 +12,7 @@ import asyncio
 import heapq
 import logging
 import random
+import time
 from collections.abc import Iterable
 
 from sqlalchemy import select
@@ -21,6 +22,7 @@ from dure.manager import schema, views
 from dure.manager.addresses import assign_address
 from dure.manager.fleet import Fleet
 from dure.manager.hub import APPLY_WAIT_MS, Hub
+from dure.manager.measures import Measures
 from dure.manager.model import (
     EndpointStatus,
     KernelPhase,
@@ -30,6 +32,7 @@ from dure.manager.retention import prune
 from dure.manager.round import Round, current_route
 from dure.manager.store import Key, Store, Tx, now_ms
 from dure.wire.backoff import backoff_s
+from dure.wire.prometheus import Histogram
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +45,9 @@ ROUNDS_MAX = 6
 class Controller:
     """Runs while `run` runs. `wake` may be called at any time, from the loop."""
 
-    def __init__(self, store: Store, fleet: Fleet, hub: Hub) -> None:
+    def __init__(self, store: Store, fleet: Fleet, hub: Hub, measures: Measures) -> None:
         self._store = store
+        self._measures = measures
         self._fleet = fleet
         self._hub = hub
         self._queue: asyncio.Queue[str] = asyncio.Queue()
@@ -58,7 +62,14 @@ class Controller:
         # Endpoints that go on once the proxies have taken up a route, or let go of a replica.
         self._on_proxies: set[str] = set()
         self._running: str | None = None
+        # For /metrics: how long runs took, failed ones included, and how many failed.
+        self.runs = Histogram()
+        self.failed_runs = 0
         self._resync_now = asyncio.Event()
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._queued)
 
     def wake(self, uid: str) -> None:
         # The set bounds the queue: each endpoint stands in it once.
@@ -126,14 +137,17 @@ class Controller:
             uid = await self._queue.get()
             self._queued.discard(uid)
             self._due_ms.pop(uid, None)
+            began_s = time.monotonic()
             try:
                 await self._handle(uid)
                 self._failures.pop(uid, None)
             except Exception:
+                self.failed_runs += 1
                 attempt = self._failures[uid] = self._failures.get(uid, 0) + 1
                 delay_s = backoff_s(attempt, first_s=0.2, max_s=30.0, jitter=random.random())
                 log.exception("endpoint %s: run failed (%d in a row); again in %.1f s", uid, attempt, delay_s)
                 self.wake_at(uid, now_ms() + int(delay_s * 1000))
+            self.runs.observe(time.monotonic() - began_s)
 
     async def _tick(self) -> None:
         while True:
@@ -218,6 +232,16 @@ class Controller:
                 self.wake_at(uid, plan.look_again_ms)
             return
         self._hub.put(route)
+        self._measures.compose(
+            uid,
+            [replica.uid for replica in run.shown if decisions.in_route(replica)],
+            [
+                kernel.uid
+                for replica in run.shown
+                for kernel in replica.kernels
+                if kernel.phase is KernelPhase.RUNNING
+            ],
+        )
         published = self._hub.published(route, row.proxy_group)
         _keep(self._on_proxies, uid, not published or any(replica.draining for replica in run.shown))
         if not published:
@@ -240,6 +264,10 @@ class Controller:
             if serving >= row.desired_replicas > 0:
                 status = EndpointStatus.HEALTHY
         ready = sum(1 for replica in shown if decisions.in_route(replica))
+        if row.idle and ready and row.desired_replicas:
+            # Woken, and up: requests are no longer held.
+            row.idle = False
+            tx.touch("endpoint", row.uid)
         conditions = [
             {
                 "type": "PORT_NOT_BOUND",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from dure.fleet.v1 import fleet_pb2
@@ -36,6 +36,8 @@ class Connection:
     outbox: asyncio.Queue[fleet_pb2.ConnectResponse] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_MAX)
     )
+    # How often its kernels are measured, as it was last told; agents begin with this.
+    measure_ms: int = 5_000
     # Generation of each kernel's wish as sent on this stream.
     sent: dict[str, int] = field(default_factory=dict)
 
@@ -90,6 +92,17 @@ class Fleet:
         except asyncio.QueueFull:
             return False
         return True
+
+    def measure(self, often: Collection[str], often_ms: int, else_ms: int) -> None:
+        """Tells each agent how often to measure its kernels: those in `often` by `often_ms`."""
+        for uid, member in self._members.items():
+            wanted = often_ms if uid in often else else_ms
+            connection = member.connection
+            if connection is None or connection.measure_ms == wanted:
+                continue
+            interval = fleet_pb2.MeasureInterval(interval_ms=wanted)
+            if self.ask(uid, fleet_pb2.ConnectResponse(measure_interval=interval)):
+                connection.measure_ms = wanted
 
     def heard(self, uid: str) -> None:
         self._members[uid].heard_ms = monotonic_ms()

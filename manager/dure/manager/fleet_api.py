@@ -17,6 +17,7 @@ from dure.manager.folders import Folders
 from dure.manager.intake import Intake
 from dure.manager.joining import join
 from dure.manager.log_relay import LogRelay
+from dure.manager.measures import Measures
 from dure.manager.model import KernelPhase
 from dure.manager.store import Store
 from dure.wire import errors
@@ -43,8 +44,10 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
         intake: Intake,
         folders: Folders,
         relay: LogRelay,
+        measures: Measures,
         stop_grace_ms: int,
     ) -> None:
+        self._measures = measures
         self._store = store
         self._relay = relay
         self._fleet = fleet
@@ -116,6 +119,8 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             if message.HasField("heartbeat"):
                 ack = fleet_pb2.HeartbeatAck(sequence=message.heartbeat.sequence)
                 await streams.send(context, connection.sending, fleet_pb2.ConnectResponse(heartbeat_ack=ack))
+            elif message.HasField("measurements"):
+                self._measures.kernels(message.measurements.kernels)
             elif message.HasField("observed"):
                 if not self._intake.report(connection.agent_uid, message.observed.kernels):
                     raise errors.ResourceExhausted("the manager is behind with reports; come again")

@@ -19,6 +19,8 @@ REMOVALS_KEPT = 10_000
 PIECE_BYTES = 256 * 1024
 # A proxy that has not taken up a route for this long is not waited for any longer.
 APPLY_WAIT_MS = 2_000
+# Time after a manager's start within which not all proxies need to have come back.
+START_MS = 20_000
 
 
 @dataclass(eq=False)
@@ -55,6 +57,9 @@ class Hub:
         self._removed: OrderedDict[str, int] = OrderedDict()
         self._floor = 0
         self._changed = asyncio.Event()
+        # When a proxy of a group was lost, by its uid; since when any proxy of a group has been there.
+        self._closed_ms: dict[tuple[str, str], int] = {}
+        self._watched_ms: dict[str, int] = {}
 
     def put(self, route: routing_pb2.Route) -> None:
         """Publishes a route if it differs from the one that is there."""
@@ -80,7 +85,7 @@ class Hub:
         while self.revision <= revision:
             await self._changed.wait()
 
-    def updates_after(self, table_id: str, revision: int) -> list[routing_pb2.TableUpdate]:
+    def updates_after(self, table_id: str, revision: int, group: str) -> list[routing_pb2.TableUpdate]:
         """What brings a table at `revision` up to date, in pieces; the last has complete = true."""
         snapshot = table_id != self.table_id or not self._floor <= revision <= self.revision
         pieces = [self._piece(snapshot)]
@@ -97,6 +102,7 @@ class Hub:
         pieces[-1].complete = True
         pieces[-1].revision_number = self.revision
         pieces[-1].keys.extend(self.keys)
+        pieces[-1].members.extend(self.members(group))
         return pieces
 
     def _piece(self, snapshot: bool) -> routing_pb2.TableUpdate:
@@ -107,10 +113,37 @@ class Hub:
         if before is not None:
             before.replaced.set()
         self.proxies[proxy.uid] = proxy
+        self._closed_ms.pop((proxy.group, proxy.uid), None)
+        self._watched_ms.setdefault(proxy.group, monotonic_ms())
+        self._members_changed()
 
     def closed(self, proxy: Proxy) -> None:
         if self.proxies.get(proxy.uid) is proxy:
             del self.proxies[proxy.uid]
+            self._closed_ms[proxy.group, proxy.uid] = monotonic_ms()
+            if not any(other.group == proxy.group for other in self.proxies.values()):
+                self._watched_ms.pop(proxy.group, None)
+            self._members_changed()
+
+    def members(self, group: str) -> list[str]:
+        """Names of the connected proxies of a group."""
+        return sorted(proxy.name for proxy in self.proxies.values() if proxy.group == group)
+
+    def watched_since_ms(self, group: str) -> int | None:
+        """Since when (monotonic) there has always been a proxy of a group; None if there is none."""
+        return self._watched_ms.get(group)
+
+    def away(self, group: str, *, max_ms: int, started_ms: int) -> bool:
+        """Whether a proxy of a group may still see traffic that nobody hears of: one was lost lately, or this
+        manager has just started and not all may have come yet."""
+        now = monotonic_ms()
+        self._closed_ms = {key: at for key, at in self._closed_ms.items() if now - at < max_ms}
+        return now - started_ms < START_MS or any(key[0] == group for key in self._closed_ms)
+
+    def _members_changed(self) -> None:
+        """Every proxy is told who else there is, with the next update."""
+        self.revision += 1
+        self._wake()
 
     def published(self, route: routing_pb2.Route, group: str) -> bool:
         """Whether every connected proxy of a group goes by this very route.

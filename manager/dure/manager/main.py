@@ -14,20 +14,19 @@ from pathlib import Path
 import click
 import grpc.aio
 import uvloop
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection
 from sqlalchemy import select
 
-from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from dure.manager import schema
+from dure.manager import exposition, schema, services
 from dure.manager.admin_api import AdminApi
 from dure.manager.agent_api import AgentApi
 from dure.manager.audit import Trail
 from dure.manager.auth import Gatekeeper
+from dure.manager.autoscaler import Autoscaler
 from dure.manager.controller import Controller
 from dure.manager.endpoint_api import EndpointApi
-from dure.manager.fleet import Fleet
+from dure.manager.fleet import Fleet, monotonic_ms
 from dure.manager.fleet_api import FleetApi
 from dure.manager.folder_api import FolderApi
 from dure.manager.folders import Folders
@@ -39,54 +38,24 @@ from dure.manager.keys import SigningKeys
 from dure.manager.log_reader import LogReader
 from dure.manager.log_relay import LogRelay
 from dure.manager.model_api import ModelApi
+from dure.manager.observer import Observer
 from dure.manager.preset_api import PresetApi
 from dure.manager.project_api import ProjectApi
 from dure.manager.revising import Revising
 from dure.manager.routing_api import RoutingApi
 from dure.manager.runtime_api import RuntimeApi, store_seed
+from dure.manager.scaling_api import ScalingApi
 from dure.manager.store import Store, new_uid, now_ms
 from dure.manager.token_api import TokenApi
 from dure.manager.user_api import UserApi
 from dure.manager.validating import Validating
-from dure.routing.v1 import routing_pb2, routing_pb2_grpc
-from dure.v1 import (
-    admin_pb2,
-    admin_pb2_grpc,
-    agent_pb2,
-    agent_pb2_grpc,
-    catalog_pb2,
-    catalog_pb2_grpc,
-    endpoint_pb2,
-    endpoint_pb2_grpc,
-    folder_pb2,
-    folder_pb2_grpc,
-    model_pb2,
-    model_pb2_grpc,
-    project_pb2,
-    project_pb2_grpc,
-    token_pb2,
-    token_pb2_grpc,
-)
-from dure.wire import logs, programs, settings, tokens
+from dure.wire import logs, metrics_server, programs, settings, tokens, tracing
 from dure.wire.channel import SERVER_OPTIONS
 from dure.wire.errors import DureError
 
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
-_DESCRIPTORS = (
-    admin_pb2,
-    agent_pb2,
-    catalog_pb2,
-    endpoint_pb2,
-    folder_pb2,
-    model_pb2,
-    project_pb2,
-    token_pb2,
-    fleet_pb2,
-    routing_pb2,
-    health_pb2,
-)
 
 
 @dataclass(frozen=True)
@@ -97,6 +66,8 @@ class Settings:
     bind: str
     port: int
     stop_grace_s: float
+    metrics_bind: str
+    metrics_port: int
 
 
 def _load_recorded(context: click.Context, _parameter: click.Parameter, value: Path) -> Path:
@@ -124,6 +95,16 @@ def _load_recorded(context: click.Context, _parameter: click.Parameter, value: P
     show_default=True,
     help="Time that a session has between SIGTERM and SIGKILL.",
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default="0, none",
+    help="HTTP port of /metrics.",
+)
+@click.option(
+    "--metrics-bind", default="127.0.0.1", show_default=True, help="Address of /metrics; anybody may read it."
+)
 @click.option("--log-level", default="info", show_default=True, help="debug, info, warning or error.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there, not to stderr.")
 def main(
@@ -132,6 +113,8 @@ def main(
     port: int,
     insecure: bool,
     stop_grace_s: float,
+    metrics_port: int,
+    metrics_bind: str,
     log_level: str,
     log_file: Path | None,
 ) -> None:
@@ -143,11 +126,18 @@ def main(
         )
     logs.set_up(log_level, log_file)
     home = programs.manager_dir(data_dir)
-    recorded = {"bind": bind, "port": port, "insecure": insecure, "stop_grace_s": stop_grace_s}
+    recorded = {
+        "bind": bind,
+        "port": port,
+        "insecure": insecure,
+        "stop_grace_s": stop_grace_s,
+        "metrics_port": metrics_port,
+        "metrics_bind": metrics_bind,
+    }
     try:
         with programs.running(data_dir, "manager", home):
             settings.write_toml(home / "settings.toml", recorded)
-            uvloop.run(run(Settings(home, bind, port, stop_grace_s)))
+            uvloop.run(run(Settings(home, bind, port, stop_grace_s, metrics_bind, metrics_port)))
     except (DureError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
@@ -176,7 +166,9 @@ async def run(options: Settings) -> None:
         # A table of its own for each start of a manager: see hub.
         hub = Hub(table_id=new_uid(), keys=keys.public())
         intake = Intake(store)
-        controller = Controller(store, fleet, hub)
+        autoscaler = Autoscaler(store, fleet, hub, monotonic_ms)
+        measures = autoscaler.measures
+        controller = Controller(store, fleet, hub, measures)
         relay = LogRelay(fleet)
         log_reader = LogReader(store, fleet, relay)
         revising = Revising(store, folders)
@@ -185,37 +177,47 @@ async def run(options: Settings) -> None:
         await controller.build()
         trail = Trail(store)
         gatekeeper = Gatekeeper(store, trail)
-        server = grpc.aio.server(interceptors=[gatekeeper], options=list(SERVER_OPTIONS))
+        traces = tracing.set_up("manager", options.home.parent.name)
+        observer = Observer(traces)
+        server = grpc.aio.server(interceptors=[observer, gatekeeper], options=list(SERVER_OPTIONS))
         health_servicer = health.HealthServicer()
-        endpoint_api = EndpointApi(store, fleet, revising, validating, log_reader)
-        endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoint_api, server)
-        folder_pb2_grpc.add_FolderServiceServicer_to_server(FolderApi(store, folders), server)
-        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenApi(store, keys), server)
-        agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentApi(store, fleet), server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminApi(store, fleet, hub), server)
-        project_pb2_grpc.add_ProjectServiceServicer_to_server(ProjectApi(store, gatekeeper, trail), server)
-        project_pb2_grpc.add_UserServiceServicer_to_server(UserApi(store, gatekeeper), server)
-        catalog_pb2_grpc.add_ResourceGroupServiceServicer_to_server(GroupApi(store), server)
-        catalog_pb2_grpc.add_PresetServiceServicer_to_server(PresetApi(store), server)
-        catalog_pb2_grpc.add_ImageServiceServicer_to_server(ImageApi(store), server)
-        catalog_pb2_grpc.add_RuntimeServiceServicer_to_server(RuntimeApi(store), server)
-        model_api = ModelApi(store, folders, endpoint_api.create)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(model_api, server)
-        stop_grace_ms = int(options.stop_grace_s * 1000)
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetApi(store, fleet, intake, folders, relay, stop_grace_ms), server
+        services.register(
+            server,
+            [
+                EndpointApi(store, fleet, revising, validating, log_reader),
+                FolderApi(store, folders),
+                ModelApi(store, folders, revising.create),
+                TokenApi(store, keys),
+                ScalingApi(store, autoscaler),
+                AgentApi(store, fleet),
+                AdminApi(store, fleet, hub),
+                ProjectApi(store, gatekeeper, trail),
+                UserApi(store, gatekeeper),
+                GroupApi(store),
+                PresetApi(store),
+                ImageApi(store),
+                RuntimeApi(store),
+                FleetApi(store, fleet, intake, folders, relay, measures, int(options.stop_grace_s * 1000)),
+                RoutingApi(store, hub, controller, measures),
+                health_servicer,
+            ],
         )
-        routing_pb2_grpc.add_RoutingServiceServicer_to_server(RoutingApi(store, hub, controller), server)
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        reflection.enable_server_reflection(_service_names(), server)
         port = _bind(server, options)
         await server.start()
         await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("manager listens on %s:%d", options.bind, port)
+
+        async def page() -> str:
+            return await exposition.render(store, fleet, hub, controller, observer)
+
         try:
-            async with asyncio.TaskGroup() as group:
+            async with (
+                metrics_server.serving(options.metrics_bind, options.metrics_port, page),
+                asyncio.TaskGroup() as group,
+            ):
                 working = [
-                    group.create_task(work) for work in (intake.run(), controller.run(), trail.run())
+                    group.create_task(work)
+                    for work in (intake.run(), controller.run(), autoscaler.run(), trail.run())
                 ]
                 await _stop_signal()
                 log.info("manager stops")
@@ -224,6 +226,8 @@ async def run(options: Settings) -> None:
         finally:
             await server.stop(STOP_GRACE_S)
             await trail.flush()
+            if traces is not None:
+                await traces.close()
     finally:
         await store.close()
 
@@ -240,15 +244,6 @@ def _bind(server: grpc.aio.Server, options: Settings) -> int:
             "or choose another with --port"
         )
     return port
-
-
-def _service_names() -> list[str]:
-    found = [
-        service.full_name
-        for module in _DESCRIPTORS
-        for service in module.DESCRIPTOR.services_by_name.values()
-    ]
-    return [*found, reflection.SERVICE_NAME]
 
 
 async def _stop_signal() -> None:

@@ -58,6 +58,9 @@ def endpoint(
     )
     json_format.ParseDict(revision.spec["resolved"], message.resolved)
     json_format.ParseDict(row.rollout_policy, message.rollout_policy)
+    message.metrics_path = row.metrics_path
+    if row.scale_to_zero_ms:
+        message.scale_to_zero_after.FromMilliseconds(row.scale_to_zero_ms)
     for condition in row.conditions:
         message.conditions.add(type=condition["type"], message=condition["message"])
     return message

@@ -28,6 +28,7 @@ class EndpointStatus(StrEnum):
     TERMINATING = "TERMINATING"
     BLOCKED = "BLOCKED"
     STOPPED = "STOPPED"
+    IDLE = "IDLE"
     UPDATING = "UPDATING"
     PENDING = "PENDING"
     UNHEALTHY = "UNHEALTHY"
@@ -183,7 +184,8 @@ class RolloutState:
 class EndpointView:
     """An endpoint, as far as its replicas' fate depends on it.
 
-    `stable` is the newest revision of which all replicas were healthy, 0 for none.
+    `stable` is the newest revision of which all replicas were healthy, 0 for none. `idle` says that the
+    autoscaler, not the user, wants zero replicas, or has just been woken.
     """
 
     uid: str
@@ -198,6 +200,7 @@ class EndpointView:
     errors: tuple[str, ...] = ()
     failures: int = 0
     failed_ms: int = 0
+    idle: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ async def wanted(session: AsyncSession, project_uid: str) -> dict[str, Wanted]:
         select(
             schema.Endpoint.uid,
             schema.Endpoint.replica_count,
+            schema.Endpoint.desired_replicas,
             schema.Endpoint.validation,
             schema.Revision.spec,
         )
@@ -66,6 +67,6 @@ async def wanted(session: AsyncSession, project_uid: str) -> dict[str, Wanted]:
         .where(schema.Endpoint.project_uid == project_uid, schema.Endpoint.deleted_ms.is_(None))
     )
     return {
-        uid: Wanted(1 if validation else count, spec["cluster_size"], spec["slots"])
-        for uid, count, validation, spec in rows
+        uid: Wanted(1 if validation else max(count, desired), spec["cluster_size"], spec["slots"])
+        for uid, count, desired, validation, spec in rows
     }

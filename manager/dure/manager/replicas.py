@@ -513,6 +513,8 @@ def _status(
             f"mend the cause, then run: dure endpoint retry {endpoint.name}"
         )
     if endpoint.desired == 0:
+        if endpoint.idle:
+            return E.IDLE, "the autoscaler went to zero; the next request wakes it"
         return E.STOPPED, "zero replicas are wanted"
     old = [replica for replica in staying if not _is_new(endpoint, replica)]
     if plan.rollout is not None:

@@ -24,8 +24,6 @@ from dure.wire import errors
 from dure.wire.errors import Violation
 
 ATTEMPTS_MAX = 5
-# What shapes no replica: it makes no revision, and no file is read for it.
-UNSHAPING = frozenset({"replica_count", "open_to_public", "priority", "rollout_policy"})
 REQUEST_ID_MAX = 128
 
 
@@ -120,6 +118,10 @@ class Revising:
             proxy_group=group.proxy_group if group is not None else "default",
             port=None,
             address="",
+            # One that scales to zero by itself and is made with none begins there: a request wakes it.
+            idle=count == 0 and draft.asked.scale_to_zero_after.ToNanoseconds() > 0,
+            scale_to_zero_ms=draft.asked.scale_to_zero_after.ToNanoseconds() // 1_000_000,
+            metrics_path=draft.asked.metrics_path,
             status=(EndpointStatus.PENDING if count else EndpointStatus.STOPPED).value,
             status_reason="",
             desired_replicas=count,
@@ -151,7 +153,8 @@ class Revising:
                 before = revisions.asked(row, revision)
                 after = changes.apply_mask(before, wanted, paths)
                 draft = None
-                if {path.split(".")[0] for path in paths} <= UNSHAPING:
+                # What shapes no replica makes no revision, and no file is read for it.
+                if {path.split(".")[0] for path in paths} <= set(changes.UNSHAPED):
                     after = revisions.checked(after)
                 else:
                     draft = await revisions.draft(session, self._folders, project, after, row.name)
@@ -188,8 +191,12 @@ class Revising:
         sentence = changes.describe_changes(before, after)
         if row.replica_count != after.replica_count:
             row.replica_count = row.desired_replicas = after.replica_count
+            # Whoever says a number owns it from now on: zero is no longer the autoscaler's.
+            row.idle = row.idle and after.replica_count > 0
         row.open_to_public, row.priority = after.open_to_public, after.priority
         row.rollout_policy = revisions.policy_dict(after)
+        row.metrics_path = after.metrics_path
+        row.scale_to_zero_ms = after.scale_to_zero_after.ToNanoseconds() // 1_000_000
         fresh = draft is not None and draft.differs(revision)
         if draft is not None and fresh:
             await revisions.check_folders(tx.session, draft)

@@ -190,7 +190,8 @@ def asked(row: schema.Endpoint, revision: schema.Revision) -> endpoint_pb2.Endpo
     """What the user asked for so far: fields 10 to 28, the model by its bare name."""
     wanted = json_format.ParseDict(revision.spec["asked"], endpoint_pb2.Endpoint())
     wanted.replica_count, wanted.open_to_public = row.replica_count, row.open_to_public
-    wanted.priority = row.priority
+    wanted.priority, wanted.metrics_path = row.priority, row.metrics_path
+    wanted.scale_to_zero_after.FromMilliseconds(row.scale_to_zero_ms)
     json_format.ParseDict(row.rollout_policy, wanted.rollout_policy)
     return changes.canonical(wanted)
 
@@ -221,6 +222,8 @@ def _checked(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> endp
     asked = changes.canonical(wanted)
     asked.cluster_mode, asked.cluster_size = fields.cluster(wanted, violations)
     asked.priority = fields.priority(wanted, violations)
+    fields.scale_to_zero_ms(wanted, violations)
+    asked.metrics_path = fields.metrics_path(wanted, violations)
     fields.image(wanted, violations)
     violations += runtimes.check_override(wanted.service)
     fields.check_environ(wanted.environ, violations)

@@ -133,8 +133,13 @@ def targets(
 
 
 def amounts(policy: RolloutPolicy, desired: int) -> tuple[int, int]:
-    """Surge (a percentage is rounded up) and unavailable (rounded down), in replicas; not both zero."""
+    """Surge (a percentage is rounded up) and unavailable (rounded down), in replicas; not both zero.
+
+    Where new replicas may stand beside the old ones, the last one that serves never leaves before.
+    """
     surge, unavailable = _amount(policy.max_surge, desired, up=True), _amount(policy.max_unavailable, desired)
+    if surge:
+        unavailable = max(0, min(unavailable, desired - 1))
     return (surge, unavailable) if surge or unavailable else (1, 0)
 
 

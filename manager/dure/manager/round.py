@@ -24,8 +24,11 @@ from dure.manager.model import (
 from dure.manager.placement import Node, Placed, fuller, place
 from dure.manager.store import Tx, new_uid, now_ms
 from dure.routing.v1 import routing_pb2
+from dure.scaling.values import Source
 
 ERRORS_KEPT = 10
+METRICS_PATH = "/metrics"
+SCRAPE_RULE_MS, SCRAPE_MS = 1_000, 10_000
 CLOCK_SKEW_MAX_MS = 5 * 60 * 1000
 
 
@@ -281,5 +284,28 @@ async def current_route(
         status=EndpointStatus(row.status),
         replicas=shown,
         pools=decisions.traffic(views.endpoint_view(row), shown),
+        hold=row.idle,
+        scrape=await _scraping(session, row),
         revoked_tokens=list(revoked),
     )
+
+
+async def _scraping(session: AsyncSession, row: schema.Endpoint) -> routing_pb2.ScrapeSettings | None:
+    """How replicas are scraped: often where a rule looks at it, now and then where something is to be
+    expected there, else not at all (a program that knows no such path would only complain)."""
+    ruled = await session.scalar(
+        select(schema.ScalingRule.uid)
+        .where(
+            schema.ScalingRule.endpoint_uid == row.uid,
+            schema.ScalingRule.source == Source.INFERENCE_FRAMEWORK.value,
+            schema.ScalingRule.enabled,
+        )
+        .limit(1)
+    )
+    if ruled is not None:
+        return routing_pb2.ScrapeSettings(path=row.metrics_path, interval_ms=SCRAPE_RULE_MS)
+    revision = await session.get(schema.Revision, (row.uid, row.revision))
+    runtime = revision.spec["asked"].get("runtime", "custom") if revision is not None else "custom"
+    if runtime == "custom" and row.metrics_path == METRICS_PATH:
+        return None
+    return routing_pb2.ScrapeSettings(path=row.metrics_path, interval_ms=SCRAPE_MS)

@@ -11,9 +11,14 @@ from dure.routing.v1 import routing_pb2
 _UNAVAILABLE = {
     EndpointStatus.BLOCKED: routing_pb2.UNAVAILABILITY_BLOCKED,
     EndpointStatus.STOPPED: routing_pb2.UNAVAILABILITY_STOPPED,
+    EndpointStatus.IDLE: routing_pb2.UNAVAILABILITY_IDLE,
     EndpointStatus.TERMINATING: routing_pb2.UNAVAILABILITY_TERMINATING,
     EndpointStatus.UNHEALTHY: routing_pb2.UNAVAILABILITY_UNHEALTHY,
 }
+
+
+HOLD_MS = 60_000
+_HOPELESS = frozenset({EndpointStatus.BLOCKED, EndpointStatus.STOPPED, EndpointStatus.TERMINATING})
 
 
 def route(
@@ -28,6 +33,8 @@ def route(
     replicas: Sequence[ReplicaView],
     pools: Mapping[int, int],
     revoked_tokens: Sequence[str],
+    hold: bool = False,
+    scrape: routing_pb2.ScrapeSettings | None = None,
 ) -> routing_pb2.Route:
     """Equal inputs give equal messages, so that an unchanged route is not published again."""
     result = routing_pb2.Route(
@@ -38,6 +45,9 @@ def route(
         label=label,
         open_to_public=open_to_public,
         revoked_tokens=sorted(revoked_tokens),
+        scrape=scrape,
+        # Requests that wake an endpoint wait for it, unless it is clear that it will not come.
+        hold_ms=HOLD_MS if hold and status not in _HOPELESS else 0,
     )
     for replica in sorted(replicas, key=lambda replica: replica.uid):
         kernel = _reachable(replica)
@@ -64,6 +74,7 @@ _FOR_CALLERS = {
     routing_pb2.UNAVAILABILITY_STARTING: "no replica is healthy yet; replicas are starting",
     routing_pb2.UNAVAILABILITY_UNHEALTHY: "no replica is healthy",
     routing_pb2.UNAVAILABILITY_BLOCKED: "replicas failed too often; the owner of this endpoint must act",
+    routing_pb2.UNAVAILABILITY_IDLE: "nothing runs now; this request starts a replica",
     routing_pb2.UNAVAILABILITY_STOPPED: "the owner of this endpoint has stopped it",
     routing_pb2.UNAVAILABILITY_TERMINATING: "this endpoint is being removed",
 }

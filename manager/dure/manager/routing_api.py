@@ -13,6 +13,7 @@ from dure.manager import auth, schema, streams
 from dure.manager.controller import Controller
 from dure.manager.hub import Hub, Proxy
 from dure.manager.joining import join
+from dure.manager.measures import Measures
 from dure.manager.store import Store, now_ms
 from dure.routing.v1 import routing_pb2, routing_pb2_grpc
 from dure.wire import errors
@@ -24,14 +25,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # Proxies report every two seconds.
 SILENCE_S = 15.0
+MEASUREMENTS_MAX, HELD_MAX = 1_000, 10_000
 UNAVAILABLE_PORTS_MAX, DRAINED_MAX, UNREACHABLE_MAX = 65_535, 100_000, 100
 
 
 class RoutingApi(routing_pb2_grpc.RoutingServiceServicer):
     """What proxies call."""
 
-    def __init__(self, store: Store, hub: Hub, controller: Controller) -> None:
+    def __init__(self, store: Store, hub: Hub, controller: Controller, measures: Measures) -> None:
         self._store = store
+        self._measures = measures
         self._hub = hub
         self._controller = controller
 
@@ -58,6 +61,7 @@ class RoutingApi(routing_pb2_grpc.RoutingServiceServicer):
             )
         finally:
             self._hub.closed(proxy)
+            self._measures.close_proxy(proxy.uid)
             self._controller.proxies_moved()
             log.info("proxy %s disconnected", proxy.name)
 
@@ -107,6 +111,9 @@ class RoutingApi(routing_pb2_grpc.RoutingServiceServicer):
             proxy.applied, proxy.drained = report.applied_revision_number, drained
             proxy.bind_failures = failures
             proxy.unreachable = tuple(report.unreachable_targets[:UNREACHABLE_MAX])
+            self._measures.proxy(proxy.uid, report.measurements[:MEASUREMENTS_MAX])
+            for uid in report.held[:HELD_MAX]:
+                self._measures.held(uid)
             for uid in changed:
                 self._controller.wake(uid)
             if moved:
@@ -116,7 +123,7 @@ class RoutingApi(routing_pb2_grpc.RoutingServiceServicer):
     async def _tell(self, proxy: Proxy, context: Context, sending: asyncio.Lock) -> None:
         table_id, revision = proxy.hello.table_id, proxy.hello.revision_number
         while True:
-            pieces = self._hub.updates_after(table_id, revision)
+            pieces = self._hub.updates_after(table_id, revision, proxy.group)
             for piece in pieces:
                 await streams.send(context, sending, routing_pb2.ConnectResponse(update=piece))
             table_id, revision = self._hub.table_id, pieces[-1].revision_number

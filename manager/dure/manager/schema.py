@@ -237,8 +237,8 @@ class Endpoint(Base):
     errors: Mapped[list[Any]]
     failures: Mapped[int]
     failed_ms: Mapped[int]
-    # Who owns which number: `replica_count` is the user's, `desired_replicas` the manager's. `idle` says that the
-    # autoscaler, not the user, went to zero.
+    # Who owns which number: `replica_count` is the user's, `desired_replicas` the manager's. `idle` says that
+    # the autoscaler, not the user, went to zero, or that what it has woken is not up yet.
     idle: Mapped[bool] = mapped_column(Boolean, server_default=false())
     scale_to_zero_ms: Mapped[int] = mapped_column(server_default="0")
     metrics_path: Mapped[str] = mapped_column(server_default="/metrics")

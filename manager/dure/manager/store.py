@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 
 from dure.manager import schema
 from dure.wire import names
+from dure.wire.prometheus import Histogram
 
 Kind = Literal["endpoint", "agent", "proxy", "folder"]
 Key = tuple[Kind, str]
@@ -81,6 +82,8 @@ class Store:
         self._write_lock = asyncio.Lock()
         self._listeners: list[Listener] = []
         self.revision = 0
+        # For /metrics: how long writers waited for their turn, and how long their turns took.
+        self.waits, self.turns = Histogram(), Histogram()
 
     async def open(self) -> None:
         """Reads where the revision log stands. Call before anything else."""
@@ -106,8 +109,11 @@ class Store:
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[Tx]:
         """One transaction; commits on leaving, unless an exception passes."""
+        asked_s = time.monotonic()
         async with asyncio.timeout(WRITE_WAIT_S):
             await self._write_lock.acquire()
+        began_s = time.monotonic()
+        self.waits.observe(began_s - asked_s)
         try:
             async with AsyncSession(self._writer, expire_on_commit=False) as session:
                 tx = Tx(session)
@@ -123,6 +129,7 @@ class Store:
                     listener(revision, list(tx.touched))
         finally:
             self._write_lock.release()
+            self.turns.observe(time.monotonic() - began_s)
 
     async def compacted(self) -> int:
         """Revisions up to this one are no longer in the log."""

@@ -34,6 +34,7 @@ def endpoint_view(row: schema.Endpoint) -> EndpointView:
         policy=rollout.load_policy(row.rollout_policy),
         rollout=rollout.load_state(row.rollout),
         deleting=row.deleting,
+        idle=row.idle,
         blocked=row.blocked,
         errors=tuple(row.errors),
         failures=row.failures,

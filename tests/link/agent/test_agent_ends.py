@@ -205,6 +205,18 @@ def test_a_stranger_on_the_port_is_not_the_session(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_program_that_listens_on_a_port_of_its_own_is_told_so(tmp_path: Path) -> None:
+    async def run() -> None:
+        code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); time.sleep(1000)"
+        async with cluster(tmp_path) as (manager, _):
+            manager.want(spec("k1", ["python", "-c", code]))
+            status = await manager.status("k1", lambda s: "the session listens on" in s.probe_detail)
+            assert status.probe_detail.startswith(f"nothing listens on port {status.port} (the session")
+            assert "let its command listen on {port}" in status.probe_detail
+
+    asyncio.run(run())
+
+
 def test_fixed_ports(tmp_path: Path) -> None:
     async def run() -> None:
         with socket.socket() as probe:

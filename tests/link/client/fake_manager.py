@@ -13,10 +13,18 @@ import grpc.aio
 from link.client.fake_agents import Admin, Agents
 from link.client.fake_endpoints import Endpoints
 from link.client.fake_folders import Folders, Tokens
+from link.client.fake_scaling import Scaling
 from link.client.fake_state import KEY, FakeManager, until
 
 from dure.client.context import Context, save_context
-from dure.v1 import admin_pb2_grpc, agent_pb2_grpc, endpoint_pb2_grpc, folder_pb2_grpc, token_pb2_grpc
+from dure.v1 import (
+    admin_pb2_grpc,
+    agent_pb2_grpc,
+    endpoint_pb2_grpc,
+    folder_pb2_grpc,
+    scaling_pb2_grpc,
+    token_pb2_grpc,
+)
 from dure.wire.channel import SERVER_OPTIONS
 
 __all__ = ["KEY", "FakeManager", "fake_manager", "until", "write_context"]
@@ -32,6 +40,7 @@ async def fake_manager(port: int = 0, fake: FakeManager | None = None) -> AsyncI
     token_pb2_grpc.add_TokenServiceServicer_to_server(Tokens(fake), server)
     agent_pb2_grpc.add_AgentServiceServicer_to_server(Agents(fake), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(fake), server)
+    scaling_pb2_grpc.add_ScalingServiceServicer_to_server(Scaling(fake), server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     fake.address = f"127.0.0.1:{bound}"
     fake.context = Context(fake.address, KEY)

@@ -12,7 +12,9 @@ from dure.v1.endpoint_pb2 import Endpoint
 from dure.wire.errors import FailedPrecondition, NotFound
 from dure.wire.quantities import format_slot, parse_slots
 
-SHAPELESS = ("replica_count", "open_to_public", "priority", "rollout_policy")
+SHAPELESS = (
+    "replica_count", "open_to_public", "priority", "rollout_policy", "scale_to_zero_after", "metrics_path",
+)  # fmt: skip
 
 
 def canonical(endpoint: Endpoint, project: str) -> None:

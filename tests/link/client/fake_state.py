@@ -12,7 +12,7 @@ import grpc
 from grpc_status import rpc_status
 
 from dure.client.context import Context
-from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2, folder_pb2, token_pb2
+from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2, folder_pb2, scaling_pb2, token_pb2
 from dure.wire import names
 from dure.wire.errors import DureError, Unauthenticated, to_status
 
@@ -55,6 +55,10 @@ class FakeManager:
         self.files: dict[str, dict[str, tuple[folder_pb2.File, bytes]]] = {}
         self.tokens: dict[str, token_pb2.Token] = {}
         self.agents: list[agent_pb2.Agent] = []
+        self.rules: dict[str, dict[str, scaling_pb2.ScalingRule]] = {}
+        self.rule_updates: list[list[str]] = []  # masks
+        self.scaling = scaling_pb2.ExplainScalingResponse()
+        self.measurements = scaling_pb2.GetMeasurementsResponse()
         self.cluster = admin_pb2.GetClusterResponse(version="0.1.0", route_revision_number=7)
         self.join_requests: list[admin_pb2.CreateJoinTokenRequest] = []
         self.log: list[tuple[int, str]] = []

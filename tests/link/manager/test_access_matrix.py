@@ -16,14 +16,14 @@ from link.manager.inside import Inside, model_folder, with_inside
 
 from dure.client import Client
 from dure.fleet.v1 import fleet_pb2
-from dure.manager import access, main
+from dure.manager import access, services
 from dure.manager.access import Need
-from dure.v1 import admin_pb2, endpoint_pb2, folder_pb2, project_pb2
+from dure.v1 import admin_pb2, endpoint_pb2, folder_pb2, project_pb2, scaling_pb2
 from dure.wire.channel import bearer, open_channel
 
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method
-    for module in main._DESCRIPTORS
+    for module, _ in services.MODULES
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
     if service.full_name.startswith("dure.")
@@ -43,6 +43,7 @@ class Names:
     folder: str = "m"
     token: str = "t"
     user: str = "carol"
+    rule: str = "r"
 
     def request(self, method: MethodDescriptor) -> Message:
         """A request that would do something, if it may."""
@@ -61,6 +62,9 @@ class Names:
                 parent, resource = project, folder
             case "TokenService":
                 parent, resource = endpoint, f"{endpoint}/tokens/{self.token}"
+            case "ScalingService":
+                parent = project if name == "GetMeasurements" else endpoint
+                resource = endpoint if name == "ExplainScaling" else f"{endpoint}/rules/{self.rule}"
             case "ProjectService":
                 parent, resource = project, project
             case "UserService":
@@ -79,7 +83,8 @@ class Names:
             if name.startswith("Update") and kind is not None and "name" in kind.fields_by_name:
                 getattr(request, field.name).name = resource
         if "update_mask" in fields:
-            request.update_mask.paths.append("description" if service != "EndpointService" else "priority")
+            paths = {"EndpointService": "priority", "ScalingService": "threshold"}
+            request.update_mask.paths.append(paths.get(service, "description"))
         match name:
             case "CreateEndpoint" | "ValidateEndpoint":
                 request.endpoint.model, request.endpoint.replica_count = self.folder, 0
@@ -93,6 +98,9 @@ class Names:
                 request.header.folder, request.header.path = folder, "made"
             case "DownloadFile" | "DeleteFile":
                 request.folder, request.path = folder, "model-definition.yaml"
+            case "CreateScalingRule" | "UpdateScalingRule":
+                request.rule.MergeFrom(RULE)
+                request.rule.threshold = "7"
             case "CreateToken":
                 request.ttl.FromSeconds(60)
         return request  # type: ignore[no-any-return]
@@ -132,12 +140,22 @@ async def everything_of(client: Client) -> Any:
         [folder async for folder in client.folders.list()],
         [file async for file in client.folders.ls("m")],
         [token async for token in client.tokens.list("e")],
+        [rule async for rule in client.rules.list("e")],
         await client.projects.get(),
     )
 
 
+RULE = scaling_pb2.ScalingRule(
+    metric_source=scaling_pb2.METRIC_SOURCE_PROXY,
+    metric_name="queue",
+    comparator=scaling_pb2.COMPARATOR_GREATER_THAN,
+    threshold="5",
+    step_size=1,
+)
+
+
 class World:
-    """Projects a and b, each with a folder, an endpoint and a token; and everybody who may call."""
+    """Projects a and b, each with a folder, an endpoint, a token and a rule; and everybody who may call."""
 
     def __init__(self, running: Inside, admin: Client) -> None:
         self.running, self.admin = running, admin
@@ -167,6 +185,7 @@ class World:
                 await client.endpoints.create("e", model="m", replicas=0)
                 token = await client.tokens.create("e", timedelta(hours=1), "label")
                 self.token_b = token.uid
+                await client.rules.put("e", RULE, "r")
 
     async def call(self, path: str, request: Message, who: str | None) -> tuple[grpc.StatusCode, str]:
         async with open_channel(self.running.address) as channel:

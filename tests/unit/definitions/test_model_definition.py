@@ -88,6 +88,14 @@ def test_defaults() -> None:
         ("serve ${PORT} 8000", False),
         ("serve --port 80001", False),
         ('[serve, "x8000"]', False),
+        ('[sh, -c, "serve --quiet 8000 | tee log"]', True),
+        ('[sh, -c, "serve $PORT --was 8000"]', False),
+        ('[gunicorn, -b, "0.0.0.0:8000", "app:app"]', True),
+        ("gunicorn --bind=0.0.0.0:8000 app:app", True),
+        ("PORT=8000 serve", True),
+        ("serve -p8000", True),
+        ("python -c \"serve(('', 8000))\"", True),
+        ("serve --max 18000", False),
     ],
 )
 def test_literal_ports(command: str, fixed: bool) -> None:
@@ -167,7 +175,26 @@ BAD = [
     ),
     (
         "model: []",
-        ["1 model: unknown key; did you mean `models`?", "1 models: is required"],
+        [
+            "1 model: unknown key; did you mean `models`?",
+            "1 models: is required",
+            "1 models: is empty; expected at least one model",
+        ],
+    ),
+    (
+        service("startCommand: [serve, {port}]\nprot: 8000\nhealthcheck: {paht: h}"),
+        [
+            "5 models[0].service.startCommand: unknown key; did you mean `start_command`?",
+            "5 models[0].service.start_command: is required",
+            "5 models[0].service.port: is required",
+            "5 models[0].service.start_command[1]: found a mapping, expected text (a brace begins one: put "
+            'it in quotes, "{port}")',
+            "6 models[0].service.prot: unknown key; did you mean `port`?",
+            "7 models[0].service.healthcheck: unknown key; did you mean `health_check`?",
+            "7 models[0].service.health_check.paht: unknown key; did you mean `path`?",
+            "7 models[0].service.health_check.path: is required",
+            "7 models[0].service.health_check.path: found `h`; it must begin with `/` and have no spaces",
+        ],
     ),
     ("models: [", ["1 : not YAML: expected the node content, but found '<stream end>'"]),
     ("a: 1\n---\nb: 2", ["2 : not YAML: a second document begins here (`---`), expected one document"]),

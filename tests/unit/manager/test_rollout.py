@@ -280,6 +280,10 @@ def test_a_drained_agent_is_left_without_a_gap() -> None:
         ("0", "10%", 5, (1, 0)),
         ("100%", "0", 3, (3, 0)),
         ("0", "2", 5, (0, 2)),
+        # The last one stays where another may stand beside it, and only there.
+        ("1", "1", 1, (1, 0)),
+        ("1", "100%", 3, (1, 2)),
+        ("0", "1", 1, (0, 1)),
     ],
 )
 def test_amounts(surge: str, unavailable: str, desired: int, amounts: tuple[int, int]) -> None:

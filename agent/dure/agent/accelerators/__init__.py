@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dure.agent.usage import DeviceUse
 from dure.fleet.v1 import fleet_pb2
 
 SHARES_PER_DEVICE_MILLI = 1000
@@ -37,6 +38,11 @@ class Accelerator(Protocol):
 
     async def find(self, request: Request) -> Found:
         """Never raises for what a driver does."""
+
+    def measure(self) -> Mapping[str, DeviceUse]:
+        """What processes use of its devices now, by the device's id; one that cannot be told is left out.
+        Blocks, as long as the driver does, and is called from a thread of its own; never raises for what a
+        driver does."""
 
 
 def device(id: str, model: str, memory_bytes: int, accelerator: str) -> fleet_pb2.Device:

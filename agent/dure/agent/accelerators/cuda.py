@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import pynvml
 
 from dure.agent.accelerators import Found, Request, device
+from dure.agent.usage import DeviceUse
 from dure.fleet.v1 import fleet_pb2
 
 # A driver in trouble can hold a call for ever; the agent must come up nevertheless.
@@ -19,6 +23,9 @@ class CudaAccelerator:
 
     name = "cuda"
     order = 0
+
+    def __init__(self) -> None:
+        self._meter: Meter | None = None
 
     async def find(self, request: Request) -> Found:
         loop = asyncio.get_running_loop()
@@ -36,6 +43,69 @@ class CudaAccelerator:
         if not done:
             return Found(limitations=(f"NVML did not answer within {NVML_LIMIT_S:g} s: no GPUs are offered",))
         return answer.result()
+
+    def measure(self) -> Mapping[str, DeviceUse]:
+        try:
+            if self._meter is None:
+                pynvml.nvmlInit()
+                self._meter = Meter()
+            return self._meter.look()
+        except pynvml.NVMLError:
+            # The driver went away, or was never there: from the beginning next time.
+            if self._meter is not None:
+                self._meter = None
+                _shut_down()
+            return {}
+
+
+class Meter:
+    """Looks at what processes use of the GPUs of this node. NVML must stay initialised while it lives."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+        # Newest sample seen of each GPU, in the driver's microseconds: each look asks for those after it.
+        self._seen_us: dict[str, int] = {}
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            self._handles[_text(pynvml.nvmlDeviceGetUUID(handle))] = handle
+
+    def look(self) -> dict[str, DeviceUse]:
+        return {
+            uuid: DeviceUse(self._util(uuid, handle), _memory_bytes(handle))
+            for uuid, handle in self._handles.items()
+        }
+
+    def _util(self, uuid: str, handle: Any) -> dict[int, float] | None:
+        """Percent of the time that each process kept the GPU busy, averaged over the samples since the last
+        look; None where the driver does not tell (a GPU in MIG mode, an old one)."""
+        try:
+            samples = pynvml.nvmlDeviceGetProcessUtilization(handle, self._seen_us.get(uuid, 0))
+        except pynvml.NVMLError as error:
+            # Not found: nothing has run since the last look.
+            return {} if isinstance(error, pynvml.NVMLError_NotFound) else None
+        by_pid: dict[int, list[float]] = defaultdict(list)
+        for sample in samples:
+            self._seen_us[uuid] = max(self._seen_us.get(uuid, 0), int(sample.timeStamp))
+            # Drivers have been seen to leave garbage in samples of processes that are gone.
+            if sample.pid and 0 <= sample.smUtil <= 100:
+                by_pid[int(sample.pid)].append(float(sample.smUtil))
+        return {pid: sum(found) / len(found) for pid, found in by_pid.items()}
+
+
+def _memory_bytes(handle: Any) -> dict[int, int] | None:
+    used: dict[int, int] = {}
+    try:
+        for running in (
+            pynvml.nvmlDeviceGetComputeRunningProcesses,
+            pynvml.nvmlDeviceGetGraphicsRunningProcesses,
+        ):
+            for process in running(handle):
+                if process.usedGpuMemory is not None:
+                    # A process that does both stands in both lists with all of its memory.
+                    used[int(process.pid)] = max(used.get(int(process.pid), 0), int(process.usedGpuMemory))
+    except pynvml.NVMLError:
+        return None
+    return used
 
 
 def _find() -> Found:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dure.agent.accelerators import Found, Request, device
+from dure.agent.usage import DeviceUse
 
 MEMORY_BYTES = 80 * 2**30
 
@@ -25,3 +28,7 @@ class SimulatedAccelerator:
             ),
             limitations=("its GPUs are simulated: shares are counted, nothing is accelerated",),
         )
+
+    def measure(self) -> Mapping[str, DeviceUse]:
+        # Nothing computes on them: a made-up number would scale real endpoints.
+        return {}

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dure.agent.usage import Usage
+
 HOME = "/home/work"
 
 
@@ -133,6 +135,10 @@ class Backend(Protocol):
 
     async def processes(self, handle: Handle) -> frozenset[int]:
         """Host pids of the kernel's processes."""
+
+    def measure(self, handle: Handle) -> Usage | None:
+        """What the kernel has used; None if that cannot be told. Blocks for well under a millisecond, and is
+        called from a thread of its own."""
 
     def log_tail(self, handle: Handle, bytes_max: int) -> str:
         """The end of its log."""

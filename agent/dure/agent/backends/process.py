@@ -16,11 +16,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dure.agent.backends import cgroups, outcome, view
+from dure.agent.backends import accounting, cgroups, outcome, view
 from dure.agent.backends.base import Abilities, Ended, Handle, Observation, Plan
 from dure.agent.backends.cgroups import Cgroups
 from dure.agent.shim import processes
 from dure.agent.shim.files import read_json, write_json
+from dure.agent.usage import Usage
 from dure.agent.waiting import in_thread, is_readable, readable
 
 MARKER = "DURE_KERNEL_UID"
@@ -53,6 +54,9 @@ class ProcessBackend:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._watches: dict[str, _Watch] = {}
+        # Where to read what a kernel uses, found out at the first look.
+        self._groups_of: dict[str, accounting.Groups] = {}
+        self._table = accounting.ProcessTable()
         self._cgroups = Cgroups((), ())
         # Why folders cannot be mapped here; empty if they can.
         self._no_maps = "not tried yet"
@@ -150,6 +154,7 @@ class ProcessBackend:
         if known is not None and known["boot_id"] == boot_id():
             await self._end_all(handle)
             await in_thread(cgroups.remove, [Path(path) for path in known["cgroups"]])
+        self._groups_of.pop(handle.uid, None)
         watch = self._watches.pop(handle.uid, None)
         if watch is not None:
             watch.close()
@@ -157,6 +162,15 @@ class ProcessBackend:
 
     async def processes(self, handle: Handle) -> frozenset[int]:
         return await asyncio.to_thread(self._processes, handle)
+
+    def measure(self, handle: Handle) -> Usage | None:
+        watch = self._watches.get(handle.uid)
+        if watch is None or watch.pidfd < 0:
+            return None
+        groups = self._groups_of.get(handle.uid)
+        if groups is None:
+            groups = self._groups_of[handle.uid] = accounting.Groups(self._groups(handle))
+        return accounting.look(groups, self._table, watch.shim_pid)
 
     def log_tail(self, handle: Handle, bytes_max: int) -> str:
         return outcome.log_tail(handle.folder, bytes_max)

@@ -11,6 +11,7 @@ from dure.client.apply import Applied, apply_manifest
 from dure.client.cli.endpoint_change import again, show, show_plan, wait_for
 from dure.client.cli.options import Shell, command, waiting
 from dure.client.cli.output import emit_list
+from dure.client.cli.text import clean
 from dure.client.client import Client
 from dure.client.manifest import differs
 from dure.client.manifest_reader import FILE_BYTES_MAX, Manifest, read_manifests
@@ -65,14 +66,16 @@ async def apply(shell: Shell, files: tuple[Path, ...], dry_run: bool, wait: bool
 async def _apply(shell: Shell, client: Client, manifest: Manifest, dry_run: bool) -> Applied:
     applied = await again(lambda: apply_manifest(client, manifest, dry_run=dry_run))
     shell.say(f"endpoint {manifest.name}:")
-    show_plan(shell, applied.before, applied.after)
+    show_plan(shell, applied.before, applied.after, applied.rules.changes)
     if dry_run:
         return applied
     if applied.before is None:
         shell.say(f"endpoint {manifest.name} created at {applied.after.address or 'no address yet'}")
     else:
-        changed = differs(applied.before, applied.after)
+        changed = differs(applied.before, applied.after) or bool(applied.rules.steps)
         shell.say(f"endpoint {manifest.name} {'changed' if changed else 'is as the file says'}")
+    for warning in applied.warnings:
+        click.echo(f"warning: {clean(warning)}", err=True)
     return applied
 
 

@@ -9,16 +9,19 @@ import click
 from dure.client.cli import tables
 from dure.client.cli.describe import facts, section
 from dure.client.cli.endpoint_rollout import rollout_lines
-from dure.client.cli.text import clean, moment
+from dure.client.cli.text import clean, figure, milliseconds, moment
 from dure.client.manifest import to_manifest
 from dure.client.notation import amount, command_text, mount_source, mount_target, steps_text
 from dure.v1.endpoint_pb2 import Endpoint, Event
+from dure.v1.scaling_pb2 import EndpointMeasurements
 from dure.wire.quantities import MEM
 
 EVENTS_SHOWN = 10
 
 
-def endpoint(item: Endpoint, events: Sequence[Event], *, color: bool) -> None:
+def endpoint(
+    item: Endpoint, events: Sequence[Event], *, color: bool, seen: EndpointMeasurements | None = None
+) -> None:
     """Sections in the order in which one asks: is it well, how is it called, what is it, what happened."""
     status = tables.status_word(item)
     facts(
@@ -27,6 +30,7 @@ def endpoint(item: Endpoint, events: Sequence[Event], *, color: bool) -> None:
             ("Status", tables.paint(status) if color else status),
             ("Reason", item.status_reason),
             ("Replicas", _count(item)),
+            ("Traffic", _traffic(seen)),
             ("Revision", _revision(item)),
             ("Created", moment(item.create_time)),
             ("Changed", moment(item.update_time)),
@@ -71,6 +75,17 @@ def resolved(item: Endpoint) -> list[tuple[str, str]]:
         ("Environment", _pairs(dict(result.environ))),
         ("Definition", result.model_definition_path),
     ]
+
+
+def _traffic(seen: EndpointMeasurements | None) -> str:
+    """Empty where nothing is measured."""
+    if seen is None:
+        return ""
+    parts = [f"{figure(seen.requests_per_second)} requests/s", f"{figure(seen.concurrency)} under way"]
+    parts += [f"{figure(seen.queue)} waiting"] if seen.queue else []
+    parts += [f"p95 {milliseconds(seen.latency_p95_ms)}"] if seen.latency_p95_ms else []
+    parts += [f"{figure(seen.error_rate * 100)}% errors"] if seen.error_rate else []
+    return ", ".join(parts)
 
 
 def _count(item: Endpoint) -> str:
@@ -129,6 +144,8 @@ def _asked(item: Endpoint) -> list[tuple[str, str]]:
         ("Port", str(service.get("port", ""))),
         ("Health check", "none" if check is False else _pairs(check or {})),
         ("Rollouts", _pairs(rollout)),
+        ("To zero after", str(values.get("scale_to_zero_after", ""))),
+        ("Metrics at", str(values.get("metrics_path", ""))),
     ]
 
 

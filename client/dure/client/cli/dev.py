@@ -10,7 +10,7 @@ import click
 
 from dure.client.cli.tables import amount_text
 from dure.client.context import context_path, load_context
-from dure.client.dev.cluster import DevCluster
+from dure.client.dev.cluster import DevCluster, Plan
 from dure.client.dev.foreground import in_foreground, make_plan
 from dure.client.dev.ports import WantedPorts, parse_pool
 from dure.v1.agent_pb2 import Agent
@@ -114,6 +114,7 @@ async def summarise(cluster: DevCluster) -> None:
         f"  endpoints  ports {plan.ports.pool[0]}-{plan.ports.pool[1]} at 127.0.0.1 "
         f"(proxy admin: http://127.0.0.1:{plan.ports.admin})",
         *(f"  {agent.name.rsplit('/', 1)[-1]:<10} {capacity(agent)}" for agent in agents),
+        *(["  metrics    " + metrics_text(plan)] if plan.metrics_ports else []),
         f"  data       {plan.data_dir}",
         f"  context    {own}" + ("" if named else f", also {context_path()}"),
         "",
@@ -129,6 +130,14 @@ async def summarise(cluster: DevCluster) -> None:
         "Ctrl-C stops everything, sessions included.",
     ]
     click.echo("\n".join(lines))
+
+
+def metrics_text(plan: Plan) -> str:
+    """Where /metrics is, manager and proxy and agents."""
+    manager, *agents = plan.metrics_ports
+    known = {"manager": manager, "proxy": plan.ports.admin}
+    known |= {f"agent-{number}": port for number, port in enumerate(agents, 1)}
+    return "http://127.0.0.1:PORT/metrics, PORT " + ", ".join(f"{port} {who}" for who, port in known.items())
 
 
 def capacity(agent: Agent) -> str:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 import click
 
 from dure.client.cli import live, tables
+from dure.client.cli.measured import measured
 from dure.client.cli.options import FORMATS, Duration, Shell, command
 from dure.client.cli.output import dumps, emit, emit_list
 from dure.client.manifest import to_manifest
@@ -31,13 +32,14 @@ async def list_(shell: Shell, watch: bool) -> None:
                 await live.watch_endpoints(shell, batches, one=False)
             return
         items = [item async for item in client.endpoints.list()]
+        seen = await measured(client) if items and shell.output == "wide" else None
     if shell.output in ("json", "yaml", "name"):
         emit_list("endpoints", items, shell.output)
     elif shell.quiet:
         for item in items:
             click.echo(tables.last(item.name))
     elif items or shell.output:
-        tables.show(tables.endpoints(items, shell.output == "wide"), color=shell.color)
+        tables.show(tables.endpoints(items, shell.output == "wide", seen=seen), color=shell.color)
     else:
         click.echo(
             "No endpoints. `dure endpoint create NAME --model FOLDER -r cpu=1 -r mem=1g` makes one.", err=True
@@ -57,7 +59,8 @@ async def get(shell: Shell, name: str, watch: bool) -> None:
     async with shell.client() as client:
         item = await client.endpoints.get(name)
         if shell.output == "manifest":
-            click.echo(dumps(to_manifest(item), "yaml"))
+            rules = [rule async for rule in client.rules.list(name)]
+            click.echo(dumps(to_manifest(item, rules), "yaml"))
             return
         if watch:
             async with aclosing(client.endpoints.watch(name)) as batches:
@@ -66,7 +69,9 @@ async def get(shell: Shell, name: str, watch: bool) -> None:
         if shell.output in ("json", "yaml", "name"):
             emit(item, shell.output)
         elif shell.output:
-            for line in live.endpoint_lines(item, color=shell.color, wide=shell.output == "wide"):
+            wide = shell.output == "wide"
+            seen = await measured(client) if wide else None
+            for line in live.endpoint_lines(item, color=shell.color, wide=wide, seen=seen):
                 click.echo(line)
         else:
             # It stands on the commands of rollouts, which stand on this group.
@@ -78,7 +83,8 @@ async def get(shell: Shell, name: str, watch: bool) -> None:
                     events.append(event)
                     if len(events) == describe_endpoint.EVENTS_SHOWN:
                         break
-            describe_endpoint.endpoint(item, events, color=shell.color)
+            seen = await measured(client)
+            describe_endpoint.endpoint(item, events, color=shell.color, seen=seen.get(item.name))
 
 
 @command(endpoint, "replicas", output=True)

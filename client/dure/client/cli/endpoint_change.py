@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -14,7 +14,7 @@ from dure.client.cli.endpoint_options import TakesCommand, settings
 from dure.client.cli.options import Shell, command, timeout, waiting
 from dure.client.cli.output import emit
 from dure.client.client import Client
-from dure.client.manifest import differs
+from dure.client.manifest import Change, differs
 from dure.client.waiting import rollout_summary
 from dure.v1.endpoint_pb2 import Endpoint
 from dure.wire.errors import Conflict
@@ -155,11 +155,13 @@ async def again(change: Callable[[], Awaitable[Result]]) -> Result:
     return await change()
 
 
-def show_plan(shell: Shell, before: Endpoint | None, after: Endpoint) -> None:
-    """The changed fields and what they do; for people only."""
+def show_plan(shell: Shell, before: Endpoint | None, after: Endpoint, rules: Sequence[Change] = ()) -> None:
+    """The changed fields and rules, and what that does; for people only."""
     for line in plan.lines(before, after, color=shell.color):
         shell.say(line)
-    shell.say(f"plan: {plan.effect(before, after)}")
+    for change in rules:
+        shell.say(plan.line(change, color=shell.color))
+    shell.say(f"plan: {plan.effect(before, after, rules)}")
 
 
 async def finish(

@@ -30,6 +30,8 @@ _PLAIN = {
     "cluster_mode": "cluster_mode",
     "cluster_size": "cluster_size",
     "priority": "priority",
+    "scale_to_zero_after": "scale_to_zero_after",
+    "metrics_path": "metrics_path",
 }
 _HEALTH = {
     "health_path": "path",
@@ -54,6 +56,8 @@ _RESETS: dict[str, dict[str, Any]] = {
     "mount-destination": {"model_mount_destination": ""},
     "cluster": {"cluster_mode": "single-node", "cluster_size": 1},
     "priority": {"priority": 10},
+    "scale-to-zero": {"scale_to_zero_after": 0.0},
+    "metrics-path": {"metrics_path": ""},
 }
 _SERVICE_RESETS = {"command": "start_command", "port": "port", "health-check": "health_check"}
 RESETS = (*_RESETS, *_SERVICE_RESETS, "rollout")

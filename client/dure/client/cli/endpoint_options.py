@@ -58,6 +58,12 @@ _OPTIONS = (
         "--cluster-mode", type=click.Choice(list(CLUSTER_MODES)), help="Whether kernels share a node."
     ),
     click.option("--cluster-size", type=click.IntRange(1, 64), help="Kernels of each replica; default 1."),
+    click.option(
+        "--scale-to-zero-after",
+        type=Duration(),
+        help="Without a request for so long go to zero replicas, until one comes; 0: never (the default).",
+    ),
+    click.option("--metrics-path", metavar="PATH", help="Where replicas show metrics; default /metrics."),
     click.option("--priority", type=click.IntRange(1, 100), help="Who gets a place first; default 10."),
     click.option("--command", "line", metavar="LINE", help="Command as a shell line; or a list after `--`."),
     click.option("--shell", "shell_path", metavar="PATH", help="Shell for --command; default /bin/bash."),

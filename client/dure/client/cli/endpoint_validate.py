@@ -60,9 +60,16 @@ async def validate(shell: Shell, name: str, model: str, dry_run: bool, timeout_s
 
 @command(endpoint, "explain", output=True, formats=("table", "json", "yaml"))
 @click.argument("name")
-async def explain(shell: Shell, name: str) -> None:
+@click.option("--scaling", is_flag=True, help="What its scaling rules see and decided, instead.")
+async def explain(shell: Shell, name: str, scaling: bool) -> None:
     """Say of each node whether another replica would fit there now, and why not."""
     async with shell.client() as client:
+        if scaling:
+            # It stands on the commands of rules, which few calls need.
+            from dure.client.cli.rule_explain import show_scaling
+
+            await show_scaling(shell, client, name)
+            return
         answer = await client.endpoints.explain(name)
     if shell.output in ("json", "yaml"):
         emit(answer, shell.output)

@@ -118,15 +118,19 @@ def _next(error: DureError, arguments: list[str]) -> str:
                 )
             if group == "token" and verb in ("get", "show", "revoke"):
                 return "`dure token list ENDPOINT` shows the tokens"
+            if group == "rule" and "rule" in error.message:
+                return f"`dure rule list {name}` shows the rules"
             if "revision" in error.message:
                 return f"`dure endpoint history {name}` shows the revisions"
-            if group in ("endpoint", "token", "chat"):
+            if group in ("endpoint", "token", "chat", "rule"):
                 return "`dure endpoint list` shows the endpoints"
             if group in ("model", "runtime"):
                 return f"`dure {group} list` shows the {group}s"
             return "`dure agent list` shows the agents" if group == "agent" else ""
         case AlreadyExists() if (group, verb) == ("model", "run"):
             return "`dure endpoint list` shows what has the name; --name gives another one"
+        case AlreadyExists() if group == "rule":
+            return f"`dure rule list {name}` shows the rules; choose another --name, or `dure rule update`"
         case AlreadyExists():
             shown = f"dure {group} get {name}" if group == "endpoint" else f"dure {group} list"
             return f"`{shown}` shows what has the name; choose another one"
@@ -138,6 +142,8 @@ def _next(error: DureError, arguments: list[str]) -> str:
             _DEFINITION.match(violation.field) for violation in wrong
         ):
             return "mend the files and upload them again; `dure folder check FOLDER|DIR` checks them before"
+        case InvalidInput() if (group, verb) == ("rule", "simulate"):
+            return "mend the file; docs/scaling.md says what it holds"
         case InvalidInput() if group == "apply":
             return "mend the file; `dure apply --dry-run -f FILE` checks it again"
         case InvalidInput() if verb:

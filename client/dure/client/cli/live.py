@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from dure.client.cli.output import dumps, to_value
 from dure.client.cli.text import clean
 from dure.client.waiting import summary
 from dure.v1.endpoint_pb2 import Endpoint, WatchEndpointsResponse
+from dure.v1.scaling_pb2 import EndpointMeasurements
 
 POLL_S = 2.0
 # Narrow columns jump less while rows come one by one.
@@ -30,7 +31,7 @@ def wait_progress(shell: Shell) -> Iterator[Callable[[Endpoint], None]]:
     if shell.quiet:
         yield lambda endpoint: None
     elif shell.live:
-        with _screen(stderr=True, transient=True) as draw:
+        with screen(stderr=True, transient=True) as draw:
             yield lambda endpoint: draw(endpoint_lines(endpoint, color=not shell.no_color))
     else:
         clock = asyncio.get_running_loop().time
@@ -58,7 +59,7 @@ async def watch_endpoints(
     in_place = form in ("table", "wide") and sys.stdout.isatty() and not shell.quiet
     current: dict[str, Endpoint] = {}
     if in_place:
-        with _screen(stderr=False, transient=False) as draw:
+        with screen(stderr=False, transient=False) as draw:
             async for batch in batches:
                 _apply(current, batch)
                 draw(_screen_lines(shell, current, one=one, only_replicas=only_replicas))
@@ -97,7 +98,7 @@ async def poll_table(shell: Shell, fetch: Callable[[], Any], table: Callable[[An
     """Asks again every two seconds: for what has no watch. Ends only by an error or Ctrl-C."""
     form = shell.output or "table"
     if form in ("table", "wide") and sys.stdout.isatty():
-        with _screen(stderr=False, transient=False) as draw:
+        with screen(stderr=False, transient=False) as draw:
             while True:
                 draw(table(await fetch()).lines(color=shell.color))
                 await asyncio.sleep(POLL_S)
@@ -152,9 +153,15 @@ class RowPrinter:
         sys.stdout.flush()
 
 
-def endpoint_lines(endpoint: Endpoint, *, color: bool, wide: bool = False) -> list[str]:
+def endpoint_lines(
+    endpoint: Endpoint,
+    *,
+    color: bool,
+    wide: bool = False,
+    seen: Mapping[str, EndpointMeasurements] | None = None,
+) -> list[str]:
     """An endpoint and a line for each replica."""
-    lines = tables.endpoints([endpoint], wide).lines(color=color)
+    lines = tables.endpoints([endpoint], wide, seen=seen).lines(color=color)
     if endpoint.replicas:
         lines += ["", *tables.replicas(endpoint.replicas, wide).lines(color=color)]
     return lines
@@ -178,7 +185,7 @@ def _apply(current: dict[str, Endpoint], batch: WatchEndpointsResponse) -> None:
 
 
 @contextmanager
-def _screen(*, stderr: bool, transient: bool) -> Iterator[Callable[[list[str]], None]]:
+def screen(*, stderr: bool, transient: bool) -> Iterator[Callable[[list[str]], None]]:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text

@@ -32,6 +32,8 @@ _COMMANDS = {
     "model": ("dure.client.cli.model:model", "Models, and what they need: list, run."),
     "runtime": ("dure.client.cli.runtime:runtime", "Baselines of services, such as vllm: list, add."),
     "chat": ("dure.client.cli.chat:chat", "Talk to a language model that an endpoint serves."),
+    "rule": ("dure.client.cli.rule_commands:rule", "Scaling rules: add, explain, simulate."),
+    "top": ("dure.client.cli.top:top", "What endpoints and nodes do now."),
     "token": ("dure.client.cli.token:token", "Tokens to call an endpoint with."),
     "join-token": ("dure.client.cli.join_token:join_token", "Let agents and proxies join."),
     "project": ("dure.client.cli.project:project", "Projects: quotas, usage, members, who changed what."),

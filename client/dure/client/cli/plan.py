@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from dure.client.cli.text import clean
@@ -23,8 +25,17 @@ def line(change: Change, *, color: bool) -> str:
     return click.style(text, fg=_COLORS[text[0]]) if color else text
 
 
-def effect(before: Endpoint | None, after: Endpoint) -> str:
-    """What a change does, in a sentence without its end."""
+def effect(before: Endpoint | None, after: Endpoint, rules: Sequence[Change] = ()) -> str:
+    """What a change does, that of its scaling rules included, in a sentence without its end."""
+    count = len({change.path.split(".")[1] for change in rules})
+    ruled = f"{count} scaling rule{'' if count == 1 else 's'} changed" if count else ""
+    text = _effect(before, after)
+    if not ruled or text == "nothing to change":
+        return ruled or text
+    return f"{text}; {ruled}"
+
+
+def _effect(before: Endpoint | None, after: Endpoint) -> str:
     if before is None:
         count = after.replica_count
         return f"a new endpoint with {count} replica{'' if count == 1 else 's'}"

@@ -13,11 +13,23 @@ from typing import Any
 import click
 
 from dure.client.cli.output import enum_word
-from dure.client.cli.text import GAP, age, align, cells, clean, cut, duration_span, moment
+from dure.client.cli.text import (
+    GAP,
+    age,
+    align,
+    cells,
+    clean,
+    cut,
+    duration_span,
+    figure,
+    milliseconds,
+    moment,
+)
 from dure.client.notation import amount
 from dure.v1.agent_pb2 import Agent
 from dure.v1.endpoint_pb2 import Endpoint, Event, NodeExplanation, Replica, Revision
 from dure.v1.folder_pb2 import File, Folder
+from dure.v1.scaling_pb2 import EndpointMeasurements
 from dure.v1.token_pb2 import Token
 from dure.wire.quantities import human_bytes
 
@@ -76,11 +88,18 @@ def last(name: str) -> str:
     return name.rsplit("/", 1)[-1]
 
 
-def endpoints(items: Sequence[Endpoint], wide: bool = False, now: datetime | None = None) -> Table:
+def endpoints(
+    items: Sequence[Endpoint],
+    wide: bool = False,
+    now: datetime | None = None,
+    seen: Mapping[str, EndpointMeasurements] | None = None,
+) -> Table:
+    """With `seen`, what is measured by name, two columns more."""
     now = now or datetime.now(UTC)
     header = ["NAME", "STATUS", "READY", "REV", "SHARES", "ADDRESS", "AGE"]
     if wide:
-        header += ["MODEL", "RUNTIME", "PUBLIC", "GROUP", "SLOTS", "UID"]
+        header += [*(["RPS", "P95"] if seen is not None else []), "MODEL", "RUNTIME", "PUBLIC", "GROUP"]
+        header += ["SLOTS", "UID"]
     rows = []
     for item in items:
         row = [
@@ -95,6 +114,11 @@ def endpoints(items: Sequence[Endpoint], wide: bool = False, now: datetime | Non
         if wide:
             slots = ",".join(f"{slot}={amount(slot, text)}" for slot, text in sorted(slots_of(item).items()))
             public = "yes" if item.open_to_public else "no"
+            if seen is not None:
+                one = seen.get(item.name)
+                row += (
+                    [figure(one.requests_per_second), milliseconds(one.latency_p95_ms)] if one else ["", ""]
+                )
             row += [last(item.model), item.runtime, public, item.resource_group, slots, item.uid]
         row.append("" if row[1] == "HEALTHY" else item.status_reason)
         rows.append(row)

@@ -82,6 +82,20 @@ def moment(stamp: Timestamp) -> str:
     return stamp.ToDatetime(tzinfo=UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
+def figure(value: float) -> str:
+    """Three digits: `0`, `0.25`, `12.3`, `1,234`."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}".removesuffix(".0") if value >= 10 else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def milliseconds(value: float) -> str:
+    """`35ms`, `1.2s`; empty before the first request."""
+    if value <= 0:
+        return ""
+    return f"{value / 1000:.3g}s" if value >= 1000 else f"{value:.3g}ms"
+
+
 def parse_expiry(text: str) -> timedelta | datetime:
     """How long (`1h`, `7d`) or until when (`2026-12-31T00:00:00Z`). Raises ValueError with a sentence."""
     try:

@@ -35,13 +35,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, where. `cpus` None: what each agent finds."""
+    """What to run, where. `cpus` None: what each agent finds. Metrics ports are the manager's, then each
+    agent's; without, they show none.
+    """
 
     data_dir: Path
     ports: Ports
     agents: int
     simulated_gpus: int
     cpus: int | None = None
+    metrics_ports: tuple[int, ...] = ()
 
     @property
     def manager_address(self) -> str:
@@ -88,7 +91,7 @@ class DevCluster:
         Writes the context into `context_files` then. Raises StartFailed.
         """
         plan = self.plan
-        self._launch(self._manager, ["--port", str(plan.ports.manager)])
+        self._launch(self._manager, ["--port", str(plan.ports.manager), *self._metrics(0)])
         await self._until(self._manager_answers, "the manager to answer", [self._manager])
         async with self.client() as client:
             joined = ["--manager", plan.manager_address, "--name"]
@@ -103,11 +106,10 @@ class DevCluster:
                 await self._join(client, admin_pb2.JOIN_ROLE_PROXY, [self._proxy]),
             )
             token = await self._join(client, admin_pb2.JOIN_ROLE_AGENT, self._agents)
-            for agent in self._agents:
+            for number, agent in enumerate(self._agents, 1):
                 cpus = [] if plan.cpus is None else ["--cpus", str(plan.cpus)]
-                self._launch(
-                    agent, [*joined, agent.name, "--simulated-gpus", str(plan.simulated_gpus), *cpus], token
-                )
+                gpus = ["--simulated-gpus", str(plan.simulated_gpus)]
+                self._launch(agent, [*joined, agent.name, *gpus, *cpus, *self._metrics(number)], token)
 
             async def all_there() -> bool:
                 cluster = await client.admin.get_cluster()
@@ -160,6 +162,10 @@ class DevCluster:
                     f"sessions of {agent.name} may still run; stop them with: "
                     f"{agent.again(self.plan.data_dir)} --stop-sessions"
                 )
+
+    def _metrics(self, index: int) -> list[str]:
+        ports = self.plan.metrics_ports
+        return ["--metrics-port", str(ports[index])] if index < len(ports) else []
 
     def _launch(self, program: Program, arguments: list[str], environ: dict[str, str] | None = None) -> None:
         found = self._find(program)

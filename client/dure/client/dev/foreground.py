@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 from dure.client.dev.cluster import PROXY, DevCluster, Plan, Say
-from dure.client.dev.ports import LoopbackProbe, WantedPorts, choose
+from dure.client.dev.ports import LoopbackProbe, WantedPorts, choose, choose_metrics
 from dure.client.dev.processes import find
 from dure.wire import programs
 from dure.wire.settings import read_toml, write_toml
@@ -36,16 +36,18 @@ def make_plan(
     ports, notes = choose(wanted, recorded, LoopbackProbe(), frozenset(running))
     for note in notes:
         say(note)
+    metrics = choose_metrics(1 + agents, recorded, LoopbackProbe(), ports)
     write_toml(
         data_dir / "dev.toml",
         {
             "manager_port": ports.manager,
             "proxy_admin_port": ports.admin,
             "proxy_ports": f"{ports.pool[0]}-{ports.pool[1]}",
+            "metrics_ports": list(metrics),
         },
         mode=0o644,
     )
-    return Plan(data_dir, ports, agents, simulated_gpus, cpus)
+    return Plan(data_dir, ports, agents, simulated_gpus, cpus, metrics)
 
 
 async def in_foreground(

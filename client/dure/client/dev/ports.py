@@ -13,6 +13,8 @@ from dure.wire.errors import DureError
 MANAGER_PORT = 7070
 ADMIN_PORT = 7099
 POOL = (7100, 7199)
+# The manager's, then each agent's, downwards.
+METRICS_PORT = 7098
 # Below the ports that agents lease (20000 up) and that outgoing connections are given (32768 up).
 _SPARE = (10_000, 19_999)
 _TRIES_MAX = 200
@@ -110,6 +112,25 @@ def choose(
     if manager == admin:
         raise DureError(f"the manager and the proxy's admin port cannot both be {manager}")
     return Ports(manager, admin, pool), notes
+
+
+def choose_metrics(count: int, recorded: Mapping[str, Any], probe: Probe, ports: Ports) -> tuple[int, ...]:
+    """Ports for the metrics of the manager and of each agent: recorded ones again, else the usual ones or any
+    that are free. Nobody gives them out, so one that changes is no news.
+    """
+    kept = recorded.get("metrics_ports")
+    chosen: list[int] = []
+    for index in range(count):
+        wanted = METRICS_PORT - index
+        if isinstance(kept, list) and index < len(kept) and isinstance(kept[index], int):
+            wanted = kept[index]
+        used = {ports.manager, ports.admin, *range(ports.pool[0], ports.pool[1] + 1), *chosen}
+        for _ in range(_TRIES_MAX):
+            if wanted not in used and not probe.taken(wanted):
+                break
+            wanted = probe.spare(1)
+        chosen.append(wanted)
+    return tuple(chosen)
 
 
 def parse_pool(text: str) -> tuple[int, int]:

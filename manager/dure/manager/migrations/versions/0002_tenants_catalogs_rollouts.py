@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+from dure.fleet.v1 import fleet_pb2
 from dure.wire import names
 from dure.wire.quantities import format_slot
 
@@ -174,16 +175,17 @@ def _revisions() -> None:
         )
     )
     bind.execute(sa.text("UPDATE endpoints SET newest_revision = revision, stable_revision = revision"))
-    for endpoint_uid, number, text in list(
-        bind.execute(sa.text("SELECT endpoint_uid, number, spec FROM revisions"))
+    for endpoint_uid, number, text, kernel in list(
+        bind.execute(sa.text("SELECT endpoint_uid, number, spec, kernel FROM revisions"))
     ):
         bind.execute(
             sa.text("UPDATE revisions SET spec = :spec WHERE endpoint_uid = :uid AND number = :number"),
-            {"spec": json.dumps(_spec(json.loads(text))), "uid": endpoint_uid, "number": number},
+            {"spec": json.dumps(_spec(json.loads(text), kernel)), "uid": endpoint_uid, "number": number},
         )
 
 
-def _spec(before: dict[str, Any]) -> dict[str, Any]:
+def _spec(before: dict[str, Any], template: bytes) -> dict[str, Any]:
+    kernel = fleet_pb2.KernelSpec.FromString(template)
     slots = {slot: format_slot(slot, amount) for slot, amount in before["slots"].items()}
     return {
         "asked": {
@@ -195,7 +197,16 @@ def _spec(before: dict[str, Any]) -> dict[str, Any]:
             "resource_slots": slots,
             "environ": before["environ"],
         },
-        "resolved": {"resource_slots": slots, "environ": before["environ"]},
+        "resolved": {
+            "resource_slots": slots,
+            "environ": before["environ"],
+            "start_command": {"line": kernel.command.shell.line, "shell": kernel.command.shell.shell}
+            if kernel.command.HasField("shell")
+            else {"args": list(kernel.command.argv.args)},
+            "port": kernel.port,
+            "health_check_path": kernel.health_check.path,
+            "model_definition_path": before["model_definition_path"],
+        },
         "folder": before["folder"],
         "resource_group": before["resource_group"],
         "slots": before["slots"],
