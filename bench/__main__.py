@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from bench import forwarding, readiness
+from bench import forwarding, measuring, readiness
 
-BENCHMARKS = {"readiness": readiness.main, "forwarding": forwarding.main}
+BENCHMARKS = {"readiness": readiness.main, "forwarding": forwarding.main, "measuring": measuring.main}
 
 
 def run() -> None:

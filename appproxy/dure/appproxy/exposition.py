@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 PAGE_BYTES_MAX = 2 * 1024 * 1024
 SAMPLES_MAX = 20_000
@@ -31,11 +32,14 @@ KNOWN_PREFIXES = ("vllm:", "llamacpp:", "sglang:", "tgi_")
 # Possessive throughout: a line that does not match is given up in one pass.
 _SAMPLE = re.compile(
     r"""([a-zA-Z_:][a-zA-Z0-9_:]*+)[ \t]*+"""
-    r"""(\{(?:[ \t]*+[a-zA-Z_][a-zA-Z0-9_]*+[ \t]*+=[ \t]*+"(?:[^"\\]++|\\.)*+"[ \t]*+(?:,|(?=\})))*+[ \t]*+\})?+[ \t]*+"""
+    r"""(\{(?:[ \t]*+[a-zA-Z_][a-zA-Z0-9_]*+[ \t]*+=[ \t]*+"(?:[^"\\]++|\\.)*+"[ \t]*+(?:,|(?=\})))*+"""
+    r"""[ \t]*+\})?+[ \t]*+"""
     r"""([-+.0-9a-zA-Z]++)"""
     r"""(?:[ \t]++-?[0-9]++(?:\.[0-9]*+)?+(?:[eE][-+]?[0-9]++)?+)?+[ \t]*+(?:\#[ ].*)?+"""
 )
-_LABEL = re.compile(r"""[ \t]*+([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*+=[ \t]*+"((?:[^"\\]++|\\.)*+)"[ \t]*+(?:,|$)""")
+_LABEL = re.compile(
+    r"""[ \t]*+([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*+=[ \t]*+"((?:[^"\\]++|\\.)*+)"[ \t]*+(?:,|$)"""
+)
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _TYPE = re.compile(r"#[ \t]+TYPE[ \t]+([a-zA-Z_:][a-zA-Z0-9_:]*)[ \t]+([a-z]+)[ \t]*")
 _GAUGES = frozenset(("gauge", "untyped", "unknown"))
@@ -155,9 +159,7 @@ class Reader:
         """A sample whose name is not that of its family, or of no type."""
         base, _, suffix = name.rpartition("_")
         kind = self._types.get(base) if base else None
-        if kind == "counter" and suffix == "total":
-            _add(self._counters, name, value)
-        elif kind in _SUMMED and suffix in ("sum", "count"):
+        if (kind == "counter" and suffix == "total") or (kind in _SUMMED and suffix in ("sum", "count")):
             _add(self._counters, name, value)
         elif kind == "histogram" and suffix == "bucket":
             bound = _bound(labels)
@@ -233,7 +235,7 @@ def _histogram(buckets: dict[float, float]) -> Buckets | None:
     if bounds[-1] != math.inf:
         return None
     counts = [buckets[bound] for bound in bounds]
-    if counts[0] < 0 or any(after < before for before, after in zip(counts, counts[1:], strict=False)):
+    if counts[0] < 0 or any(after < before for before, after in pairwise(counts)):
         return None
     if len(bounds) > BUCKETS_MAX:
         # Cumulative counts stay true when bounds between them are left out.

@@ -1,8 +1,8 @@
 """What a proxy tells its manager of traffic and scrapes: differences to what it told before.
 
-Endpoints with traffic lately are told of every second, quiet ones with replicas every five: a rule that scales
-down needs a fresh zero, and a fresh zero is cheap. What does not fit in a report comes with the next, those
-that have waited longest first.
+Endpoints with traffic lately are told of every second, quiet ones with replicas every five: a rule that
+scales down needs a fresh zero, and a fresh zero is cheap. What does not fit in a report comes with the next,
+those that have waited longest first.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class Measuring:
             found.append(measurement)
         return found
 
-    def _due(
-        self, endpoints: Mapping[str, Seen], scrapes: Mapping[str, Scraped], now_s: float
-    ) -> list[str]:
+    def _due(self, endpoints: Mapping[str, Seen], scrapes: Mapping[str, Scraped], now_s: float) -> list[str]:
         due: list[tuple[float, str]] = []
         for uid, seen in endpoints.items():
             told = self._told.get(uid)

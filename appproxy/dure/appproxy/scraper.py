@@ -7,7 +7,9 @@ under way at once, each with a time limit; pages are read in small pieces, with 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
+import math
 import random
 import re
 import zlib
@@ -29,11 +31,10 @@ SCRAPE_MAX_S = 1.0
 # A part of the interval, so that a look has ended when the next is due.
 _SCRAPE_SHARE = 0.9
 INTERVAL_MIN_S = 0.1
-_JITTER_SHARE = 0.05
+_JITTER = 0.05
+_PAUSE_MAX_S = 10.0
 # About half a millisecond of reading.
 _PIECE_BYTES = 8 * 1024
-# How often the table is looked at for targets when nothing else is due.
-_LOOK_S = 1.0
 _PATH = re.compile(r"/[!-~]{0,2000}")
 _ERROR_LENGTH_MAX = 300
 
@@ -42,12 +43,14 @@ class ScrapeFailed(Exception):
     """No metrics. The message says why, for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A target to be scraped."""
+@dataclass(eq=False, slots=True)
+class _Target:
+    """A target to be scraped; infinitely far off while it is. `timeouts` are those in a row."""
 
     target: Target
     scraping: Scraping
+    due_s: float
+    timeouts: int = 0
 
 
 class Scraper:
@@ -63,11 +66,15 @@ class Scraper:
         self._name = name
         self._clock = clock
         self._wanted = False
-        self._due_s: dict[str, float] = {}
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._targets: dict[str, _Wanted] = {}
-        self._changed = asyncio.Event()
-        live.on_table.append(self._changed.set)
+        self._targets: dict[str, _Target] = {}
+        # When each is due; what its target no longer says is out of date.
+        self._queue: list[tuple[float, str]] = []
+        self._running: set[asyncio.Task[None]] = set()
+        self._scrapers: dict[str, str] = {}
+        self._members: tuple[str, ...] = ()
+        self._stale = False
+        self._wake = asyncio.Event()
+        live.on_table.append(self._look_again)
 
     @property
     def wanted(self) -> bool:
@@ -77,83 +84,92 @@ class Scraper:
     def wanted(self, wanted: bool) -> None:
         if wanted != self._wanted:
             self._wanted = wanted
-            self._changed.set()
+            self._look_again()
 
     async def run(self) -> None:
         """Until cancelled."""
         try:
             while True:
-                if self._changed.is_set():
-                    self._changed.clear()
+                self._wake.clear()
+                if self._stale:
+                    self._stale = False
                     self._take_up_table()
-                pause_s = self._start_due()
                 try:
-                    async with asyncio.timeout(pause_s):
-                        await self._changed.wait()
+                    async with asyncio.timeout(self._start_due()):
+                        await self._wake.wait()
                 except TimeoutError:
                     continue
         finally:
-            tasks = list(self._running.values())
+            tasks = list(self._running)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _look_again(self) -> None:
+        self._stale = True
+        self._wake.set()
+
     def _take_up_table(self) -> None:
-        self._targets = {wanted.target.replica_uid: wanted for wanted in self._mine()}
-        now_s = self._clock()
-        self._due_s = {
-            # A first look at any time within the interval: replicas of one table are not all due at once.
-            uid: self._due_s.get(uid, now_s + random.random() * _interval_s(wanted.scraping))
-            for uid, wanted in self._targets.items()
-        }
+        before, self._targets, now_s = self._targets, {}, self._clock()
+        for target, scraping in self._mine():
+            known = before.get(target.replica_uid)
+            if known is None or (known.target.host, known.target.port) != (target.host, target.port):
+                # A first look at any time within the interval: replicas of one table are not all due at once.
+                known = _Target(target, scraping, now_s + random.random() * _interval_s(scraping))
+                heapq.heappush(self._queue, (known.due_s, target.replica_uid))
+            known.target, known.scraping = target, scraping
+            self._targets[target.replica_uid] = known
         for uid in self.found.keys() - self._targets.keys():
             del self.found[uid]
 
-    def _mine(self) -> Iterator[_Wanted]:
+    def _mine(self) -> Iterator[tuple[Target, Scraping]]:
         members = self._live.table.members
+        if members != self._members:
+            self._members, self._scrapers = members, {}
+        before, self._scrapers = self._scrapers, {}
         for route in self._live.table.routes.values() if self._wanted else ():
             if route.scraping is None:
                 continue
             for target in route.targets:
-                if not target.draining and (
-                    not members or scraper_of(members, target.replica_uid) == self._name
-                ):
-                    yield _Wanted(target, route.scraping)
+                uid = target.replica_uid
+                scraper = self._scrapers[uid] = before.get(uid) or scraper_of(members, uid)
+                if not target.draining and scraper in ("", self._name):
+                    yield target, route.scraping
 
-    def _start_due(self) -> float:
-        """Starts what is due and has room; returns the seconds until there is something to do again."""
-        now_s, next_s = self._clock(), _LOOK_S
-        for uid, due_s in self._due_s.items():
-            if due_s > now_s or uid in self._running:
-                next_s = min(next_s, due_s - now_s if due_s > now_s else next_s)
-                continue
-            if len(self._running) >= SCRAPES_AT_ONCE_MAX:
-                break
-            interval_s = _interval_s(self._targets[uid].scraping)
-            # A look that comes late does not make the next one early.
-            self._due_s[uid] = now_s + interval_s * (1 + random.uniform(-_JITTER_SHARE, _JITTER_SHARE))
-            next_s = min(next_s, interval_s)
-            task = asyncio.create_task(self._scrape(self._targets[uid]))
-            self._running[uid] = task
-            task.add_done_callback(lambda _, uid=uid: self._ended(uid))
-        return next_s
+    def _start_due(self) -> float | None:
+        """Starts what is due, while there is room; returns the seconds until the next is due."""
+        now_s = self._clock()
+        while self._queue:
+            due_s, uid = self._queue[0]
+            target = self._targets.get(uid)
+            if target is None or target.due_s != due_s:
+                heapq.heappop(self._queue)
+            elif due_s > now_s:
+                return due_s - now_s
+            elif len(self._running) >= SCRAPES_AT_ONCE_MAX:
+                return None
+            else:
+                heapq.heappop(self._queue)
+                # Nothing is due of it until this look has ended.
+                target.due_s = math.inf
+                task = asyncio.create_task(self._scrape(target))
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+        return None
 
-    def _ended(self, uid: str) -> None:
-        full = len(self._running) >= SCRAPES_AT_ONCE_MAX
-        del self._running[uid]
-        if full:
-            self._changed.set()
-
-    async def _scrape(self, wanted: _Wanted) -> None:
-        uid, began_s = wanted.target.replica_uid, self._clock()
-        limit_s = min(SCRAPE_MAX_S, _interval_s(wanted.scraping) * _SCRAPE_SHARE)
+    async def _scrape(self, target: _Target) -> None:
+        uid, began_s = target.target.replica_uid, self._clock()
+        interval_s = _interval_s(target.scraping)
+        limit_s = min(SCRAPE_MAX_S, interval_s * _SCRAPE_SHARE)
+        timeouts, target.timeouts = target.timeouts, 0
         try:
             async with asyncio.timeout(limit_s):
-                metrics = await fetch(wanted.target.host, wanted.target.port, wanted.scraping.path)
+                metrics = await fetch(target.target.host, target.target.port, target.scraping.path)
             message = _message_of(metrics)
             self.succeeded += 1
             self.broken_lines += metrics.broken
         except TimeoutError:
+            target.timeouts = timeouts + 1
             message = pb.Scrape(error=f"no whole page within {limit_s:g} s")
         except (ScrapeFailed, PageRefused, ConnectFailed, Cut, Malformed) as error:
             message = pb.Scrape(error=str(error)[:_ERROR_LENGTH_MAX])
@@ -164,8 +180,13 @@ class Scraper:
         self.failed += bool(message.error)
         ended_s = self._clock()
         self.duration_sum_s += ended_s - began_s
-        if uid in self._targets:
+        if self._targets.get(uid) is target:
             self.found[uid] = Scraped(ended_s, message)
+            # Pages that do not come hold a place each: they are asked for less and less often.
+            pause_s = max(interval_s, min(_PAUSE_MAX_S, interval_s * 2.0 ** min(target.timeouts - 1, 10)))
+            target.due_s = max(ended_s, began_s + pause_s * (1 + random.uniform(-_JITTER, _JITTER)))
+            heapq.heappush(self._queue, (target.due_s, uid))
+        self._wake.set()
 
 
 async def fetch(host: str, port: int, path: str) -> Metrics:
@@ -231,12 +252,15 @@ async def _read(reader: Reader, data: bytes) -> None:
 
 async def _inflate(reader: Reader, inflate: zlib._Decompress, data: bytes) -> None:
     """Bounded by the reader: a small body that inflates to gigabytes ends at the page's limit."""
-    while data and not inflate.eof:
+    while not inflate.eof:
         try:
-            reader.feed(inflate.decompress(data, _PIECE_BYTES))
+            piece = inflate.decompress(data, _PIECE_BYTES)
         except zlib.error as error:
             raise ScrapeFailed("its gzip data is damaged") from error
+        reader.feed(piece)
         data = inflate.unconsumed_tail
+        if not data and len(piece) < _PIECE_BYTES:
+            return
         await asyncio.sleep(0)
 
 

@@ -17,6 +17,7 @@ from dure.appproxy.forward import Forwarder
 from dure.appproxy.front import Front
 from dure.appproxy.listeners import DomainListener, Listeners, PortListeners
 from dure.appproxy.live import Limits, Live
+from dure.appproxy.scraper import Scraper
 from dure.appproxy.sync import Membership, Sync, TableFile, read_table
 from dure.appproxy.upstream import Pool
 from dure.routing.v1 import routing_pb2 as pb
@@ -81,9 +82,11 @@ async def serve(settings: Settings, record: Callable[[int], None]) -> None:
         public_host=settings.public_host,
         addressing=addressing,
     )
+    scraper = Scraper(live, settings.name, clock)
     sync = Sync(
         live,
         listeners,
+        scraper,
         membership,
         manager=settings.manager,
         home=settings.home,
@@ -91,7 +94,7 @@ async def serve(settings: Settings, record: Callable[[int], None]) -> None:
         clock=clock,
     )
     disk_age_s = max(0.0, time.time() - found[1]) if found is not None else None
-    admin = web.AppRunner(make_admin(live, pool, sync, clock, disk_age_s), access_log=None)
+    admin = web.AppRunner(make_admin(live, pool, sync, scraper, clock, disk_age_s), access_log=None)
     await admin.setup()
     tasks: list[asyncio.Task[object]] = []
     try:
@@ -100,7 +103,9 @@ async def serve(settings: Settings, record: Callable[[int], None]) -> None:
         listening: asyncio.Task[object] = asyncio.create_task(listeners.run(front))
         stopping: asyncio.Task[object] = asyncio.create_task(stop.wait())
         tasks = [listening, stopping]
-        tasks += [asyncio.create_task(run) for run in (pool.sweep(), table_file.run(), sync.run())]
+        tasks += [
+            asyncio.create_task(run) for run in (pool.sweep(), table_file.run(), scraper.run(), sync.run())
+        ]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done - {stopping}:
             task.result()

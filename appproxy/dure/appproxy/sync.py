@@ -275,9 +275,7 @@ class Sync:
             for uid, endpoint in self._live.endpoints.items()
         }
 
-    async def _report(
-        self, call: Call, held: list[str], measured: list[pb.EndpointMeasurement]
-    ) -> None:
+    async def _report(self, call: Call, held: list[str], measured: list[pb.EndpointMeasurement]) -> None:
         report = pb.Report(
             applied_revision_number=self._live.table.revision_number,
             drained=self._live.drained(),

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dure.client.rule_notation import rule_values, source_text
-from dure.v1.scaling_pb2 import EndpointMeasurements, ScalingRule
+from dure.v1.scaling_pb2 import EndpointMeasurements, Metric, ScalingRule
 
 SERIES_MAX = 500
 # What proxies see is per replica in rules; a total can be replayed with other rules, too.
@@ -31,9 +31,9 @@ class Recording:
     def series(self) -> Mapping[str, Sequence[tuple[float, float | None]]]:
         return self._points
 
-    def add(self, second: float, measured: EndpointMeasurements | None) -> None:
-        """What is measured now; None: nothing is."""
-        values = dict(self._values(measured)) if measured is not None else {}
+    def add(self, second: float, metrics: Iterable[Metric], totals: EndpointMeasurements) -> None:
+        """What is measured now; nothing, while nothing can be asked."""
+        values = dict(self._values(metrics, totals))
         for name in self._points.keys() - values.keys():
             self._put(name, second, None)
         for name, value in values.items():
@@ -60,14 +60,14 @@ class Recording:
             lines += [f"      {second:g},{_text(value)}" for second, value in self._points[name]]
         return text + "\n".join(lines) + "\n"
 
-    def _values(self, measured: EndpointMeasurements) -> Iterable[tuple[str, float]]:
-        for metric in measured.metrics:
+    def _values(self, metrics: Iterable[Metric], totals: EndpointMeasurements) -> Iterable[tuple[str, float]]:
+        for metric in metrics:
             name = f"{source_text(metric.source)}/{metric.name}"
             if self._wanted is not None and not {name, metric.name} & set(self._wanted):
                 continue
             if metric.age.ToNanoseconds() <= STALE_S * 1e9 and math.isfinite(metric.value):
                 total = name.removeprefix("proxy/")
-                yield name, getattr(measured, total) if total in _TOTALS else metric.value
+                yield name, getattr(totals, total) if total in _TOTALS else metric.value
 
     def _put(self, name: str, second: float, value: float | None) -> None:
         points = self._points.get(name)

@@ -176,7 +176,7 @@ def least(rule: ScalingRule) -> int:
 
 
 def most(rule: ScalingRule) -> int:
-    return rule.max_replicas if rule.HasField("max_replicas") else DEFAULT_MAX
+    return rule.max_replicas if rule.HasField("max_replicas") else max(DEFAULT_MAX, least(rule))
 
 
 def comparator(rule: ScalingRule) -> Comparator | None:
@@ -240,7 +240,7 @@ def rule_values(rule: ScalingRule) -> dict[str, Any]:
     }
     if least(rule) != (0 if way == "down" else 1):
         values["min"] = least(rule)
-    if most(rule) != DEFAULT_MAX:
+    if most(rule) != max(DEFAULT_MAX, least(rule)):
         values["max"] = most(rule)
     if rule.HasField("cooldown") and rule.cooldown.ToNanoseconds() != DEFAULT_COOLDOWN_S * 1e9:
         values["cooldown"] = duration_text(rule.cooldown)

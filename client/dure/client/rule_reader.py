@@ -24,7 +24,7 @@ from dure.v1.scaling_pb2 import ScalingRule
 from dure.wire import names
 from dure.wire.quantities import parse_duration_s
 
-RULES_MAX = 100
+RULES_MAX = 50
 REPLICAS_MAX = 10_000
 COOLDOWN_S_MAX = 7 * 86_400.0
 # The names of the API and of Backend.AI are understood as well.

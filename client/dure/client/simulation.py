@@ -1,8 +1,8 @@
 """What rules would have done over series: the manager's decisions under a clock of their own. Pure.
 
 Once a second every series gives the value that it has then (a value holds until the next one; None: nothing
-is measured any more), and `dure.scaling.decide` is asked, as the manager asks it. A series that is `shared` is
-a total, and rules see it divided by the replicas that serve; so that what they do changes what they see.
+is measured any more), and `dure.scaling.decide` is asked, as the manager asks it. A series that is `shared`
+is a total, and rules see it divided by the replicas that serve; so that what they do changes what they see.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def _scenario(
         messages = read_rules(reader, found["rules"], "rules")
     if given is None and "rules" not in found:
         reader.wrong(root, "rules", "is required, unless --rules-of takes those of an endpoint")
-    rules = decidable(messages) if len(reader.problems) == before else []
+    # Without rules that can be read nobody can say whose a bare metric is.
+    rules = decidable(messages) if len(reader.problems) == before else None
     tracks: dict[Key, Track] = {}
     if "series" not in found:
         reader.wrong(root, "series", "is required")
@@ -86,7 +87,7 @@ def _scenario(
                 tracks[key] = track
     until = reader.integer(found.get("seconds"), "seconds", length_s(tracks), 1, SECONDS_MAX)
     return Scenario(
-        tuple(rules),
+        tuple(rules or ()),
         tracks,
         replicas=reader.integer(found.get("replicas"), "replicas", 1, 0, 10_000),
         seconds=until,
@@ -95,7 +96,7 @@ def _scenario(
     )
 
 
-def _key(reader: Reader, node: yaml.Node, name: str, path: str, rules: Sequence[Rule]) -> Key | None:
+def _key(reader: Reader, node: yaml.Node, name: str, path: str, rules: Sequence[Rule] | None) -> Key | None:
     """Source and metric; a metric alone is that of the rules that name it."""
     word, slash, metric = name.partition("/")
     if slash:
@@ -104,6 +105,8 @@ def _key(reader: Reader, node: yaml.Node, name: str, path: str, rules: Sequence[
         except ValueError as error:
             reader.wrong(node, path, str(error))
             return None
+    if rules is None:
+        return None
     sources = sorted({rule.source for rule in rules if rule.metric == name})
     if len(sources) == 1:
         return sources[0], name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dure.manager.fleet import monotonic_ms
@@ -48,8 +49,14 @@ class _Entry:
 class Hub:
     """The table, and who has which revision of it."""
 
-    def __init__(self, table_id: str, keys: list[routing_pb2.PublicKey]) -> None:
+    def __init__(
+        self,
+        table_id: str,
+        keys: list[routing_pb2.PublicKey],
+        clock_ms: Callable[[], int] = monotonic_ms,
+    ) -> None:
         self.table_id = table_id
+        self._clock_ms = clock_ms
         self.keys = keys
         self.revision = 0
         self.proxies: dict[str, Proxy] = {}
@@ -68,7 +75,7 @@ class Hub:
             return
         self.revision += 1
         self._removed.pop(route.endpoint_uid, None)
-        self._routes[route.endpoint_uid] = _Entry(route, self.revision, monotonic_ms())
+        self._routes[route.endpoint_uid] = _Entry(route, self.revision, self._clock_ms())
         self._wake()
 
     def remove(self, endpoint_uid: str) -> None:
@@ -114,13 +121,13 @@ class Hub:
             before.replaced.set()
         self.proxies[proxy.uid] = proxy
         self._closed_ms.pop((proxy.group, proxy.uid), None)
-        self._watched_ms.setdefault(proxy.group, monotonic_ms())
+        self._watched_ms.setdefault(proxy.group, self._clock_ms())
         self._members_changed()
 
     def closed(self, proxy: Proxy) -> None:
         if self.proxies.get(proxy.uid) is proxy:
             del self.proxies[proxy.uid]
-            self._closed_ms[proxy.group, proxy.uid] = monotonic_ms()
+            self._closed_ms[proxy.group, proxy.uid] = self._clock_ms()
             if not any(other.group == proxy.group for other in self.proxies.values()):
                 self._watched_ms.pop(proxy.group, None)
             self._members_changed()
@@ -136,7 +143,7 @@ class Hub:
     def away(self, group: str, *, max_ms: int, started_ms: int) -> bool:
         """Whether a proxy of a group may still see traffic that nobody hears of: one was lost lately, or this
         manager has just started and not all may have come yet."""
-        now = monotonic_ms()
+        now = self._clock_ms()
         self._closed_ms = {key: at for key, at in self._closed_ms.items() if now - at < max_ms}
         return now - started_ms < START_MS or any(key[0] == group for key in self._closed_ms)
 
@@ -154,7 +161,7 @@ class Hub:
         entry = self._routes.get(route.endpoint_uid)
         if entry is None or entry.route != route:
             return not members
-        late = monotonic_ms() - entry.since_ms > APPLY_WAIT_MS
+        late = self._clock_ms() - entry.since_ms > APPLY_WAIT_MS
         return late or all(proxy.applied >= entry.revision for proxy in members)
 
     def drained(self, group: str) -> frozenset[str]:

@@ -66,8 +66,9 @@ class Settings:
     bind: str
     port: int
     stop_grace_s: float
-    metrics_bind: str
-    metrics_port: int
+    metrics_bind: str = "127.0.0.1"
+    # 0 shows none.
+    metrics_port: int = 0
 
 
 def _load_recorded(context: click.Context, _parameter: click.Parameter, value: Path) -> Path:
@@ -177,7 +178,7 @@ async def run(options: Settings) -> None:
         await controller.build()
         trail = Trail(store)
         gatekeeper = Gatekeeper(store, trail)
-        traces = tracing.set_up("manager", options.home.parent.name)
+        traces = tracing.set_up("manager", f"{options.bind}:{options.port}")
         observer = Observer(traces)
         server = grpc.aio.server(interceptors=[observer, gatekeeper], options=list(SERVER_OPTIONS))
         health_servicer = health.HealthServicer()

@@ -65,6 +65,8 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         self.streams = 0
         self.complete_reports = 0
         self.heartbeats = 0
+        # What was measured, newest last.
+        self.rounds: list[fleet_pb2.Measurements] = []
         self.acknowledge = True
         self.fetched: list[tuple[str, int]] = []
         self.cut_fetch_after: int | None = None
@@ -126,6 +128,9 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
                     self.statuses[status.uid] = status
                     self.history.append(status)
                 self.complete_reports += request.observed.complete
+            elif kind == "measurements":
+                self.rounds.append(request.measurements)
+                del self.rounds[:-200]
             else:
                 self.heartbeats += 1
                 if self.acknowledge:
@@ -190,6 +195,16 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         assert self._outbox is not None
         self._outbox.put_nowait(fleet_pb2.ConnectResponse(desired=desired))
 
+    def measure_every(self, interval_ms: int) -> None:
+        assert self._outbox is not None
+        interval = fleet_pb2.MeasureInterval(interval_ms=interval_ms)
+        self._outbox.put_nowait(fleet_pb2.ConnectResponse(measure_interval=interval))
+
+    def values(self, uid: str) -> dict[str, float]:
+        """The newest that was measured of a kernel; nothing if the newest round does not have it."""
+        newest = self.rounds[-1].kernels if self.rounds else []
+        return next((dict(kernel.values) for kernel in newest if kernel.uid == uid), {})
+
     def send_snapshot(self) -> None:
         for spec in self.specs.values():
             self.send(fleet_pb2.Desired(snapshot=True, kernels=[spec]))
@@ -248,7 +263,7 @@ class AgentProcess:
         self.data_dir = data_dir
         self.home = data_dir / "agents" / name
         self.log = data_dir / f"{name}.log"
-        self._arguments = [
+        self.arguments = [
             *("--data-dir", str(data_dir), "--name", name, "--manager", f"127.0.0.1:{manager.port}"),
             *("--lease-dir", str(data_dir / "leases"), "--log-file", str(self.log), *arguments),
         ]
@@ -256,7 +271,7 @@ class AgentProcess:
 
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            *(*self._prefix, sys.executable, "-m", "dure.agent.main", *self._arguments),
+            *(*self._prefix, sys.executable, "-m", "dure.agent.main", *self.arguments),
             env={**os.environ, "DURE_JOIN_TOKEN": JOIN_TOKEN},
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,

@@ -148,7 +148,7 @@ class FakeManager(rpc.RoutingServiceServicer):
                 self.first_pieces = None
                 return
             at = hello.revision_number
-            if hello.table_id != self.table_id:
+            if hello.table_id != self.table_id or at > self.revision:
                 at = self.revision
                 yield pb.ConnectResponse(update=self._snapshot())
             while True:

@@ -66,6 +66,11 @@ rollout:
     - {weight: 10, hold: 1m}
     - weight: 50
   no_automatic_rollback: true
+scale_to_zero_after: 5m
+metrics_path: /stats
+scaling:
+  - {name: busy, source: proxy, metric: concurrency, above: 8, step: 2, max: 20, window: 10s}
+  - {source: kernel, metric: cpu_util, at_most: 0.5, step: -1, cooldown: 60s, clamp: true}
 """
 
 
@@ -115,7 +120,7 @@ def test_the_manual_names_every_key_and_is_right() -> None:
 
 def test_what_is_written_reads_back_the_same() -> None:
     wanted = endpoint(WHOLE)
-    values = to_manifest(wanted)
+    values = to_manifest(wanted, read_manifests(WHOLE, "f")[0].rules or ())
     assert [key for key in KEYS if key != "project"] == list(values)
     for text in (yaml.safe_dump(values), json.dumps(values), json.dumps(values, indent="\t")):
         assert changes(wanted, endpoint(text)) == []

@@ -27,7 +27,7 @@ METRICS_SHOWN = 40
 @command(rule, "explain", output=True, formats=("table", "wide", "json", "yaml"))
 @click.argument("endpoint")
 @click.option("-w", "--watch", is_flag=True, help="Go on, every second.")
-@click.option("--decisions", "decisions_max", type=click.IntRange(1, 1000), default=10, show_default=True)
+@click.option("--decisions", "decisions_max", type=click.IntRange(1, 200), default=10, show_default=True)
 async def explain(shell: Shell, endpoint: str, watch: bool, decisions_max: int) -> None:
     """Say what each rule sees now, why it fires or not, and what was decided lately.
 

@@ -12,7 +12,7 @@ from dure.client.cli import tables
 from dure.client.cli.options import Duration, Shell, command
 from dure.client.cli.rule import rule
 from dure.client.client import Client
-from dure.client.recording import Recording
+from dure.client.recording import SERIES_MAX, Recording
 from dure.client.simulation import SECONDS_MAX
 from dure.v1.scaling_pb2 import EndpointMeasurements, ScalingRule
 from dure.wire.errors import ManagerUnreachable
@@ -49,6 +49,8 @@ async def record(shell: Shell, endpoint: str, for_s: float, metrics: tuple[str, 
         recording.text(rules, item.desired_replicas, took, item.scale_to_zero_after.ToNanoseconds() / 1e9),
         nl=False,
     )
+    if recording.left_out:
+        click.echo(f"warning: more than {SERIES_MAX} metrics; --metric chooses", err=True)
     if not recording.series:
         click.echo(f"warning: nothing was measured of endpoint {tables.last(endpoint)}", err=True)
 
@@ -58,12 +60,12 @@ async def _take(shell: Shell, client: Client, name: str, recording: Recording, f
     began = clock()
     while (second := clock() - began) < for_s:
         try:
-            answer = await client.measurements()
+            seen, totals = await client.rules.explain(name, decisions_max=1), await client.measurements()
         except ManagerUnreachable:
             # A manager that restarts measures nothing meanwhile, and the recording goes on.
-            recording.add(round(second, 1), None)
+            recording.add(round(second, 1), (), EndpointMeasurements())
         else:
-            recording.add(round(second, 1), _of(answer.endpoints, name))
+            recording.add(round(second, 1), seen.metrics, _of(totals.endpoints, name))
         if shell.live:
             told = f"\r{second:4.0f} of {for_s:g} s, {len(recording.series)} metrics "
             click.echo(told, nl=False, err=True)
@@ -73,8 +75,8 @@ async def _take(shell: Shell, client: Client, name: str, recording: Recording, f
         click.echo(err=True)
 
 
-def _of(found: Iterable[EndpointMeasurements], name: str) -> EndpointMeasurements | None:
-    return next((one for one in found if one.endpoint == name), None)
+def _of(found: Iterable[EndpointMeasurements], name: str) -> EndpointMeasurements:
+    return next((one for one in found if one.endpoint == name), EndpointMeasurements())
 
 
 def _wanted(rules: list[ScalingRule], metrics: tuple[str, ...]) -> set[str]:
