@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from bench import forwarding, measuring, readiness
+from bench import forwarding, measuring, readiness, scaling
 
-BENCHMARKS = {"readiness": readiness.main, "forwarding": forwarding.main, "measuring": measuring.main}
+BENCHMARKS = {
+    "readiness": readiness.main,
+    "forwarding": forwarding.main,
+    "measuring": measuring.main,
+    "scaling": scaling.main,
+}
 
 
 def run() -> None:

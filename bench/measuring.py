@@ -58,14 +58,14 @@ async def cost(backend: ProcessBackend, handles: list[Handle], interval_ms: int,
         for handle in handles
     ]
     counts = Counts()
-    measurer = Measurer(backend, [], {}, lambda: kernels, lambda: None, counts)
+    looked = asyncio.Event()
+    measurer = Measurer(backend, [], {}, lambda: kernels, looked.set, counts)
     measurer.set_interval(interval_ms)
     running = asyncio.create_task(measurer.run())
     try:
         # The first look finds out where to read.
         async with asyncio.timeout(10):
-            while not measurer.take():
-                await asyncio.sleep(0.05)
+            await looked.wait()
         rounds, before_s, began_s = sum(counts.measured.counts), _cpu_s(), time.monotonic()
         await asyncio.sleep(span_s)
         used_s, passed_s = _cpu_s() - before_s, time.monotonic() - began_s

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
 from pathlib import Path
 
 import pytest
-from system.cluster import Cluster
+from system.cluster import DURE, Cluster
+
+from dure.client import Client
+from dure.client.local_check import check_directory
+from dure.v1.folder_pb2 import CheckFolderResponse
 
 GOOD = """\
 models:
@@ -72,7 +77,10 @@ WRONG_MODELS = {
     "parent": (yaml("/models", "/models/../etc"), ["without `..`"]),
     "no-service": ("models:\n- {name: m, model_path: /m}\n", ["no model has a `service`"]),
     "two-services": (GOOD + GOOD.removeprefix("models:\n"), ["more than one model has a `service`"]),
-    "no-command": (yaml('start_command: [serve, "{port}"]', "shell: /bin/sh"), ["start_command: is required"]),
+    "no-command": (
+        yaml('start_command: [serve, "{port}"]', "shell: /bin/sh"),
+        ["start_command: is required"],
+    ),
     "empty-command": (yaml('[serve, "{port}"]', "[]"), ["the first item is the program"]),
     "map-command": (yaml('[serve, "{port}"]', "{run: x}"), ["expected text or a list of texts"]),
     "brace": (yaml('"{port}"', "{port}"), ["a brace begins one: put it in quotes"]),
@@ -106,7 +114,7 @@ WRONG_MODELS = {
     "titel": (GOOD + "  metadata: {titel: x}\n", ["did you mean `title`?"]),
     "many": (
         yaml("port: 8000", "prot: 8000").replace("model_path", "modelpath").replace("path: /h", "path: h"),
-        ["3 problems" if False else "did you mean `port`?", "did you mean `model_path`?", "begin with `/`"],
+        ["did you mean `port`?", "did you mean `model_path`?", "begin with `/`"],
     ),
 }
 WRONG_SERVICES = {
@@ -129,7 +137,7 @@ WRONG_SERVICES = {
 }
 RIGHT_MODELS = {
     "as-it-is": GOOD,
-    "text": yaml('[serve, "{port}"]', "\"cat /etc/hostname | tee $HOME/x && exec serve --port {port}\""),
+    "text": yaml('[serve, "{port}"]', '"cat /etc/hostname | tee $HOME/x && exec serve --port {port}"'),
     "block": yaml('[serve, "{port}"]', "|\n      export A=1\n      exec serve --port $PORT\n"),
     "folded": yaml('[serve, "{port}"]', ">-\n      serve\n      --port {port}"),
     "json-in-it": yaml('[serve, "{port}"]', "[serve, '{\"rope\": {\"a\": 1}}', '${HOME}']"),
@@ -140,8 +148,7 @@ RIGHT_MODELS = {
         {"models": [{"name": "m", "model_path": "/m", "service": {"start_command": ["x"], "port": 80}}]}
     ),
     "draft-beside": GOOD + "- {name: draft, model_path: /draft}\n",
-    "merge": "models:\n- &a {name: d, model_path: /m}\n"
-    "- {<<: *a, service: {start_command: x, port: 80}}\n",
+    "merge": "models:\n- &a {name: d, model_path: /m}\n- {<<: *a, service: {start_command: x, port: 80}}\n",
     "action": action("{action: run_command, ref: r, args: {command: [nproc], check: false}}"),
     "metadata": GOOD + "  metadata: {title: T, version: 1.0, framework: [a], min_resource: {mem: 8g}}\n",
 }
@@ -161,36 +168,56 @@ def files(dure: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_wrong_model_definition(dure: Cluster, files: Path) -> None:
-    def check(name: str) -> tuple[str, str, str]:
-        options = ("--definition", f"{name}.yaml", "-o", "json")
-        return name, said(dure, "files", *options), said(dure, f"{files}/", *options)
+    async def run() -> None:
+        async with Client.from_context(dure.data_dir / "context.toml") as client:
+            for name, (_, wanted) in WRONG_MODELS.items():
+                found = await client.folders.check("files", model_definition_path=f"{name}.yaml")
+                assert {problem.file for problem in found.problems} == {f"{name}.yaml"}
+                for text in wanted:
+                    assert text in lines(found), (name, lines(found))
+                assert lines(check_directory(files, f"{name}.yaml")) == lines(found), name
 
-    with ThreadPoolExecutor(2) as pool:
-        for name, by_manager, here in pool.map(check, WRONG_MODELS):
-            for wanted in WRONG_MODELS[name][1]:
-                assert wanted in by_manager, (name, by_manager)
-            assert here == by_manager, name
-            assert f"{name}.yaml" in by_manager
+    asyncio.run(run())
 
 
 def test_every_right_model_definition(dure: Cluster, files: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        told = pool.map(lambda n: dure.dure("folder", "check", "files", "--definition", f"{n}.yml"), RIGHT_MODELS)
-        assert all("files is right" in text for text in told)
+    async def run() -> None:
+        async with Client.from_context(dure.data_dir / "context.toml") as client:
+            for name in RIGHT_MODELS:
+                found = await client.folders.check("files", model_definition_path=f"{name}.yml")
+                assert lines(found) == "" and list(found.files) == [f"{name}.yml"]
+
+    asyncio.run(run())
 
 
 def test_every_wrong_service_definition(dure: Cluster, tmp_path: Path) -> None:
-    def check(name: str) -> tuple[str, str]:
-        directory = tmp_path / name
-        directory.mkdir()
-        (directory / "model-definition.yaml").write_text(GOOD)
-        (directory / "service-definition.toml").write_text(WRONG_SERVICES[name][0])
-        return name, said(dure, f"{directory}/")
+    (tmp_path / "model-definition.yaml").write_text(GOOD)
+    dure.dure("folder", "create", "services", "--usage", "model")
 
-    with ThreadPoolExecutor(2) as pool:
-        for name, text in pool.map(check, WRONG_SERVICES):
-            for wanted in WRONG_SERVICES[name][1]:
-                assert wanted in text, (name, text)
+    async def run() -> None:
+        async with Client.from_context(dure.data_dir / "context.toml") as client:
+            for name, (text, wanted) in WRONG_SERVICES.items():
+                (tmp_path / "service-definition.toml").write_text(text)
+                await client.folders.upload("services", tmp_path)
+                found = await client.folders.check("services")
+                for words in wanted:
+                    assert words in lines(found), (name, lines(found))
+                assert lines(check_directory(tmp_path)) == lines(found), name
+            (tmp_path / "service-definition.toml").write_text(TOML)
+            await client.folders.upload("services", tmp_path)
+            assert lines(await client.folders.check("services")) == ""
+
+    asyncio.run(run())
+
+
+def test_the_command_prints_them_all(dure: Cluster, files: Path) -> None:
+    for target in ("files", f"{files}/"):
+        told = failed(dure, "folder", "check", target, "--definition", "many.yaml")
+        for wanted in WRONG_MODELS["many"][1]:
+            assert wanted in told
+        assert len(told.splitlines()) > 3
+        right = dure.dure("folder", "check", target, "--definition", "korean.yml")
+        assert "is right: korean.yml" in right
 
 
 def test_nothing_is_made_of_wrong_files_and_all_is_said_at_once(dure: Cluster, files: Path) -> None:
@@ -218,20 +245,12 @@ def test_nothing_is_made_of_wrong_files_and_all_is_said_at_once(dure: Cluster, f
     assert "model-definition.yaml" in missing and "model-definition.yml" in missing
 
 
-def said(dure: Cluster, target: str, *options: str) -> str:
-    """What a check that must find something prints: `FILE:LINE: KEY: MESSAGE` for each problem."""
-    import subprocess
+def lines(found: CheckFolderResponse) -> str:
+    return "\n".join(f"{p.file}:{p.line}: {p.key}: {p.message}".replace(" : ", " ") for p in found.problems)
 
-    from system.cluster import DURE
 
-    done = subprocess.run(
-        [*DURE, "folder", "check", target, *options], env=dure.environ, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1, (target, options, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    if "json" not in options:
-        return done.stdout
-    problems = json.loads(done.stdout)["problems"]
-    return "\n".join(
-        f"{p['file']}:{p['line']}: " + (f"{p['key']}: " if p["key"] else "") + p["message"] for p in problems
-    )
+def failed(dure: Cluster, *args: str) -> str:
+    """The standard output of a command that must find something wrong."""
+    done = subprocess.run([*DURE, *args], env=dure.environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done
+    return done.stdout

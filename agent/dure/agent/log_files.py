@@ -56,6 +56,8 @@ class LogCursor:
     def __init__(self, locate: Callable[[], Path | None]) -> None:
         self._locate = locate
         self._fd = -1
+        # The file after it, held from when it is first seen: two rotations on, its name is no longer its own.
+        self._ahead = -1
         self._rest = b""
         self._not_before_ms = 0
         self._left_bytes: int | None = None
@@ -112,9 +114,10 @@ class LogCursor:
         return self._wanted([rest]) if rest else []
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._ahead):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._ahead = -1
 
     def _read_piece(self) -> bytes:
         if self._left_bytes == 0:
@@ -125,6 +128,8 @@ class LogCursor:
         while self._fd >= 0:
             count = PIECE_BYTES if self._left_bytes is None else min(PIECE_BYTES, self._left_bytes)
             newest = self._is_newest()
+            if not newest and self._ahead < 0:
+                self._ahead = self._following()
             # After that look: what was written before the rotation is all in the file.
             data = os.read(self._fd, count)
             if data:
@@ -138,25 +143,34 @@ class LogCursor:
         return b""
 
     def _next_file(self) -> bool:
-        own = os.fstat(self._fd).st_ino
-        while True:
-            before = self._open(BEFORE)
-            if before < 0:
-                return False
-            if os.fstat(before).st_ino != own:
-                self.notice = LEFT_OUT
-                following = before
-                break
-            os.close(before)
-            following = self._open(NEWEST)
+        following, self._ahead = self._ahead, -1
+        if following < 0:
+            following = self._following()
+        if following < 0:
+            # More than one was written since the last look; what is still kept goes on with the older.
+            following = self._open(BEFORE)
             if following < 0:
                 return False
-            if self._inode(BEFORE) == own:
-                break
-            os.close(following)
+            if os.fstat(following).st_ino == os.fstat(self._fd).st_ino:
+                # In the middle of a rotation: the newest is not there yet.
+                os.close(following)
+                return False
+            self.notice = LEFT_OUT
         os.close(self._fd)
         self._fd = following
         return True
+
+    def _following(self) -> int:
+        """The file that was begun when this one was full, -1 if it has no name of its own any more."""
+        own = os.fstat(self._fd).st_ino
+        while self._inode(BEFORE) == own:
+            following = self._open(NEWEST)
+            if following < 0:
+                return -1
+            if self._inode(BEFORE) == own:
+                return following
+            os.close(following)
+        return -1
 
     def _is_newest(self) -> bool:
         # Between two steps of a rotation there is none.

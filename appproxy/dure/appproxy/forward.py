@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
@@ -23,6 +24,7 @@ from dure.appproxy.response import Cut, End, Head, Malformed
 from dure.appproxy.tunnel import Tunnel
 from dure.appproxy.upload import Upload
 from dure.appproxy.upstream import ConnectFailed, Connection, Pool
+from dure.wire.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ class Exchange:
     upgrade: bool
     began_s: float
     tried: Tries
+    span: Any = None
+    replica_uid: str = ""
     answered: bool = False
     keep_alive: bool = False
     framed: bool = False
@@ -84,13 +88,20 @@ class Forwarder:
     """The handler of the data plane. `lookup` finds the endpoint that a request is for."""
 
     def __init__(
-        self, live: Live, pool: Pool, lookup: Lookup, clock: Callable[[], float], wall: Callable[[], float]
+        self,
+        live: Live,
+        pool: Pool,
+        lookup: Lookup,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        tracing: Tracing | None = None,
     ) -> None:
         self._live = live
         self._pool = pool
         self._lookup = lookup
         self._clock = clock
         self._wall = wall
+        self._tracing = tracing
         self.draining = False
         live.on_gone.append(lambda replica: pool.drop((replica.target.host, replica.target.port)))
 
@@ -131,6 +142,8 @@ class Forwarder:
                     endpoint.meter.finished(status, self._clock() - began_s)
                 else:
                     endpoint.meter.refused(refused.status, refused.code, admitted=exchange is not None)
+                if self._tracing is not None and exchange is not None:
+                    _end_span(self._tracing, exchange, status, refused)
 
     def _endpoint_of(self, request: web.BaseRequest) -> Endpoint:
         endpoint = self._lookup(request)
@@ -163,8 +176,11 @@ class Forwarder:
         if isinstance(grant, Refusal):
             raise Refused(grant)
         traceparent = hygiene.traceparent_of(raw, f"00-{made}-{secrets.token_hex(8)}-00")
+        span: Any = None
         upload = Upload(request, bytes_max=limits.body_bytes_max, stall_s=limits.first_byte_timeout_s)
         buffered_bytes = 0 if upload.complete else min(upload.length or BODY_BUFFER_BYTES, BODY_BUFFER_BYTES)
+        if self._tracing is not None:
+            span, traceparent = _begin_span(self._tracing, request, endpoint, request_id, traceparent)
         return Exchange(
             request=request,
             endpoint=endpoint,
@@ -175,6 +191,7 @@ class Forwarder:
             upgrade=_asks_for_websocket(request),
             began_s=began_s,
             tried=Tries(size_bytes=head_bytes + buffered_bytes),
+            span=span,
         )
 
     async def _forward(self, exchange: Exchange) -> None:
@@ -228,7 +245,8 @@ class Forwarder:
         connection = await self._pool.acquire(address, safe=idempotent and not exchange.upgrade)
         if not connection.reused:
             self._live.connected(exchange.endpoint, replica)
-        meter = exchange.endpoint.meter.replica(replica.target.replica_uid)
+        exchange.replica_uid = replica.target.replica_uid
+        meter = exchange.endpoint.meter.replica(exchange.replica_uid)
         meter.in_flight += 1
         sender: asyncio.Task[None] | None = None
         try:
@@ -396,6 +414,38 @@ class Forwarder:
         if self.draining or (request.headers.get("Expect") and request.can_read_body):
             response.force_close()
         return response
+
+
+def _begin_span(
+    tracing: Tracing, request: web.BaseRequest, endpoint: Endpoint, request_id: str, traceparent: str
+) -> tuple[Any, str]:
+    """A span within the client's trace, or one of its own; and the traceparent for the replica."""
+    attributes = {
+        "http.request.method": request.method,
+        "url.path": request.path,
+        "dure.project": endpoint.route.project,
+        "dure.endpoint": endpoint.route.endpoint,
+        "dure.endpoint_uid": endpoint.route.endpoint_uid,
+        "dure.request_id": request_id,
+    }
+    given = {"traceparent": traceparent}
+    if "traceparent" not in request.headers:
+        given = {}
+    elif tracestate := ",".join(request.headers.getall("tracestate", ())):
+        given["tracestate"] = tracestate
+    span = tracing.begin("forward", "server", attributes, given)
+    return span, tracing.headers(span).get("traceparent", traceparent)
+
+
+def _end_span(tracing: Tracing, exchange: Exchange, status: int, refused: Refusal | None) -> None:
+    if refused is not None:
+        status, error = refused.status, refused.code if refused.status >= 500 else ""
+    else:
+        error = "" if 100 <= status < 500 else f"status {status}" if status else "no whole answer got through"
+    attributes: dict[str, Any] = {"http.response.status_code": status} if status else {}
+    if exchange.replica_uid:
+        attributes["dure.replica_uid"] = exchange.replica_uid
+    tracing.end(exchange.span, error, attributes)
 
 
 class _Unanswered(Exception):

@@ -170,10 +170,9 @@ def origin_form(raw_target: str) -> bytes | None:
 
 
 def _keeps_trace(headers: Sequence[tuple[bytes, bytes]], edge: Edge) -> bool:
-    return any(
-        name.lower() == b"traceparent" and value == edge.traceparent.encode("ascii")
-        for name, value in headers
-    )
+    """Whether the request goes on in the trace that it came with: tracestate belongs to that."""
+    trace_id = edge.traceparent[3:35].encode("ascii")
+    return any(name.lower() == b"traceparent" and value[3:35] == trace_id for name, value in headers)
 
 
 def _named_in_connection(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:

@@ -21,6 +21,7 @@ from dure.appproxy.scraper import Scraper
 from dure.appproxy.sync import Membership, Sync, TableFile, read_table
 from dure.appproxy.upstream import Pool
 from dure.routing.v1 import routing_pb2 as pb
+from dure.wire import tracing
 from dure.wire.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ async def serve(settings: Settings, record: Callable[[int], None]) -> None:
     clock = asyncio.get_running_loop().time
     stop, stop_now = _watch_signals(settings.stop_signals)
     live, pool = Live(settings.limits, clock), Pool()
+    traces = tracing.set_up("proxy", settings.name)
     table_path = settings.home / "table.pb"
     found = await asyncio.to_thread(read_table, table_path)
     if found is not None:
@@ -71,7 +73,7 @@ async def serve(settings: Settings, record: Callable[[int], None]) -> None:
         listeners = PortListeners(live, settings.bind, *settings.ports)
         addressing = pb.PortPool(first=settings.ports[0], last=settings.ports[1])
     front = Front(
-        Forwarder(live, pool, listeners.lookup, clock, time.time),
+        Forwarder(live, pool, listeners.lookup, clock, time.time, traces),
         head_bytes_max=settings.limits.head_bytes_max,
     )
     table_file = TableFile(table_path, live)
@@ -120,6 +122,8 @@ async def serve(settings: Settings, record: Callable[[int], None]) -> None:
         await front.shutdown(timeout=0.2)
         pool.close()
         await admin.cleanup()
+        if traces is not None:
+            await traces.close()
 
 
 async def _open_admin(runner: web.AppRunner, settings: Settings) -> str:

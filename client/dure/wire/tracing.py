@@ -9,14 +9,16 @@ OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS ...).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from dure.wire import VERSION
 
-FLUSH_LIMIT_S = 3.0
+FLUSH_LIMIT_S = 1.0
 _log = logging.getLogger(__name__)
 
 Kind = Literal["server", "client", "internal"]
@@ -65,8 +67,19 @@ class Tracing:
 
     async def close(self) -> None:
         """Sends what waits, for a bounded time."""
-        done = asyncio.create_task(asyncio.to_thread(self._provider.force_flush, int(FLUSH_LIMIT_S * 1000)))
-        await asyncio.wait({done}, timeout=FLUSH_LIMIT_S)
+        loop, sent = asyncio.get_running_loop(), asyncio.Event()
+
+        def flush() -> None:
+            self._provider.force_flush()
+            # The loop may be closed when it comes back at last.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(sent.set)
+
+        # A daemon: with a collector that is away the SDK goes on trying, and the end must not wait for it.
+        threading.Thread(target=flush, name="traces", daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_LIMIT_S):
+                await sent.wait()
 
 
 def set_up(program: str, instance: str) -> Tracing | None:

@@ -8,7 +8,7 @@ for metrics that a rule names, as long as the rule's window; everything else is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dure.fleet.v1 import fleet_pb2
@@ -18,7 +18,6 @@ from dure.scaling.values import Sample, Source
 
 # Values older than this are forgotten, and with them who stopped to report.
 FORGET_MS = 60_000
-METRICS_PER_REPLICA_MAX = 1_000
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 PROXY_METRICS = (
     "requests_per_second", "concurrency", "queue",
@@ -49,15 +48,49 @@ class Traffic:
 
 
 @dataclass
-class _Replica:
-    """What a replica's metrics page shows: the newest values, and the looks before, for rates."""
+class _Look:
+    """What a replica's metrics page showed once, as it stood."""
 
-    at_ms: int = 0
+    at_ms: int
+    gauges: Mapping[str, float]
+    counters: Mapping[str, float]
+    histograms: Mapping[str, routing_pb2.Histogram]
+
+
+@dataclass
+class _Replica:
+    """The newest two looks at a replica's metrics page: rates need both. Worked out when somebody asks."""
+
+    newest: _Look | None = None
+    before: _Look | None = None
     error: str = ""
-    values: dict[str, float] = field(default_factory=dict)
-    histograms: dict[str, Buckets] = field(default_factory=dict)
-    counters: dict[str, tuple[int, float]] = field(default_factory=dict)
-    cumulative: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+
+    def value(self, name: str) -> float | None:
+        """A gauge, or the rate of a counter."""
+        if self.newest is None:
+            return None
+        if name in self.newest.gauges:
+            value = self.newest.gauges[name]
+            return value if math.isfinite(value) else None
+        if self.before is None or name not in self.newest.counters or name not in self.before.counters:
+            return None
+        first = (self.before.at_ms, self.before.counters[name])
+        return rate(first, (self.newest.at_ms, self.newest.counters[name]))
+
+    def observed(self, name: str) -> Buckets | None:
+        """What a histogram observed between the two looks."""
+        if self.newest is None or self.before is None or name not in self.newest.histograms:
+            return None
+        old, new = self.before.histograms.get(name), self.newest.histograms[name]
+        first = (old.bounds, old.counts) if old is not None else None
+        return between(first, (new.bounds, new.counts))
+
+    def names(self) -> set[str]:
+        """Of everything that a rule could name."""
+        if self.newest is None:
+            return set()
+        quantiles = {f"{name}:{q}" for name in self.newest.histograms for q in QUANTILES}
+        return {*self.newest.gauges, *self.newest.counters, *quantiles}
 
 
 @dataclass
@@ -217,8 +250,7 @@ class Measures:
         names += [(Source.KERNEL, name) for name in KERNEL_METRICS]
         shown: set[str] = set()
         for replica in entry.replicas.values():
-            shown |= replica.values.keys()
-            shown |= {f"{name}:{q}" for name in replica.histograms for q in QUANTILES}
+            shown |= replica.names()
         names += [(Source.INFERENCE_FRAMEWORK, name) for name in sorted(shown)]
         result = []
         for source, name in names:
@@ -316,15 +348,15 @@ class Measures:
         merged: Buckets | None = None
         times: list[int] = []
         for replica in entry.replicas.values():
-            if replica.error:
+            if replica.error or replica.newest is None:
                 continue
-            if name in replica.values:
-                values.append(replica.values[name])
-                times.append(replica.at_ms)
-            elif quantile in QUANTILES and family in replica.histograms:
-                found = replica.histograms[family]
+            value = replica.value(name)
+            if value is not None:
+                values.append(value)
+                times.append(replica.newest.at_ms)
+            elif quantile in QUANTILES and (found := replica.observed(family)) is not None:
                 merged = found if merged is None else merged.plus(found)
-                times.append(replica.at_ms)
+                times.append(replica.newest.at_ms)
         if values:
             return min(times), sum(values) / len(values)
         value = merged.quantile(QUANTILES[quantile]) if merged is not None else None
@@ -334,22 +366,10 @@ class Measures:
         replica = entry.replicas.setdefault(uid, _Replica())
         replica.error = scrape.error
         if scrape.error:
-            replica.at_ms = replica.at_ms or now
             return
         at_ms = now - min(scrape.age_ms, FORGET_MS)
-        values = {name: value for name, value in scrape.gauges.items() if math.isfinite(value)}
-        counters: dict[str, tuple[int, float]] = {}
-        for name, value in list(scrape.counters.items())[:METRICS_PER_REPLICA_MAX]:
-            counters[name] = (at_ms, value)
-            per_second = rate(replica.counters.get(name), counters[name])
-            if per_second is not None:
-                values[name] = per_second
-        histograms: dict[str, Buckets] = {}
-        cumulative: dict[str, tuple[list[float], list[float]]] = {}
-        for name, histogram in list(scrape.histograms.items())[:METRICS_PER_REPLICA_MAX]:
-            cumulative[name] = (list(histogram.bounds), list(histogram.counts))
-            observed = between(replica.cumulative.get(name), cumulative[name])
-            if observed is not None:
-                histograms[name] = observed
-        replica.at_ms, replica.values, replica.histograms = at_ms, values, histograms
-        replica.counters, replica.cumulative = counters, cumulative
+        if replica.newest is not None and at_ms <= replica.newest.at_ms:
+            return
+        # The messages' own maps: the report is of no other use, and most of it is never looked at.
+        replica.before = replica.newest
+        replica.newest = _Look(at_ms, scrape.gauges, scrape.counters, scrape.histograms)

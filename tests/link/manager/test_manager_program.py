@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,17 @@ models:
 class Manager:
     """`dure manager` on a folder; can be killed and started again."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> None:
         self.data_dir = data_dir
+        self._arguments = arguments
+        self._environ = {**os.environ, **(environ or {})}
         self.port = free_ports(1)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-P", "-m", "dure.manager.main", "--data-dir", str(self.data_dir)]
         command += ["--port", str(self.port), "--log-file", str(self.data_dir / "log")]
-        self.process = subprocess.Popen(command)
+        self.process = subprocess.Popen([*command, *self._arguments], env=self._environ)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         assert self.process is not None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dure.agent import log_archive
 from dure.agent.backends import outcome
 from dure.agent.log_archive import Kept, LogArchive, surplus
-from dure.agent.log_files import LogCursor
+from dure.agent.log_files import PIECE_BYTES, LogCursor
 from dure.agent.shim.log import LINE_BYTES_MAX, LineLog
 
 
@@ -120,6 +120,24 @@ def test_a_reader_goes_on_through_rotations(tmp_path: Path) -> None:
     seen = [text for _, text in everything(cursor)]
     assert seen[-1] == b"line 599" and len(seen) < 300
     assert "left out" in cursor.notice
+    cursor.close()
+
+
+def test_a_reader_that_is_two_files_behind_loses_nothing(tmp_path: Path) -> None:
+    log = LineLog(str(tmp_path), 4 * PIECE_BYTES, clock())
+    cursor = LogCursor(lambda: tmp_path)
+    texts = [b"%d " % number + b"x" * 1000 for number in range(600)]
+    ends = [sum(len(text) + 15 for text in texts[:count]) // (4 * PIECE_BYTES) for count in range(601)]
+    for text in texts[: ends.index(1) + 10]:
+        log.write(text + b"\n")
+    cursor.begin()
+    seen = [text for _, text in cursor.read()]
+    # The second file is full before the reader has come to the end of the first.
+    for text in texts[ends.index(1) + 10 :]:
+        log.write(text + b"\n")
+    assert ends[-1] == 2
+    seen += [text for _, text in everything(cursor)]
+    assert seen == texts and cursor.notice == ""
     cursor.close()
 
 

@@ -57,7 +57,6 @@ def test_endpoints_beyond_the_bound_are_summed_up_as_other() -> None:
     shown = re.findall(r"^dure_proxy_in_flight_requests{.*endpoint_uid=\"(.*)\"} (\d+)$", text, re.MULTILINE)
     assert len(shown) == ENDPOINTS_MAX + 1
     assert shown[0][0] == "e1004"
-    # e999 to e1003 are the rest; of the three that had something two or three are among them.
     assert dict(shown)["other"] == "6"
     other = 'project="other",endpoint="other",endpoint_uid="other"'
     assert f'dure_proxy_requests_total{{{other},class="5xx"}} 3' in text

@@ -59,7 +59,8 @@ def test_one_rule_in_many_words() -> None:
 def test_a_step_up_keeps_one_replica_unless_told_otherwise() -> None:
     up, wide = rules(
         "  - {source: proxy, metric: queue, above: 0.5}\n"
-        "  - {name: wide, source: proxy, metric: queue, above: 1, min: 12, window: 90, enabled: no, clamp: yes}\n"
+        "  - {name: wide, source: proxy, metric: queue, above: 1, min: 12, window: 90, enabled: no, "
+        "clamp: yes}\n"
     )
     assert rule_text(up) == "proxy queue > 0.5: +1, within 1 to 10, cooldown 300s"
     assert (
