@@ -82,6 +82,13 @@ class Cluster:
         assert "Traceback" not in done.stderr
         return done.stderr if code else done.stdout
 
+    def told(self, *args: str, code: int = 1) -> str:
+        """All that a command prints which ends with `code`: findings go to stdout, errors to stderr."""
+        done = subprocess.run([*DURE, *args], env=self.environ, capture_output=True, text=True, timeout=90)
+        assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
     def get(self, endpoint: str) -> dict[str, Any]:
         return dict(json.loads(self.dure("endpoint", "get", endpoint, "-o", "json")))
 

@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from dure.appproxy import headers as hygiene
+from dure.appproxy import spans
 from dure.appproxy.admission import Grant, Refusal, refusal
 from dure.appproxy.answers import answer
 from dure.appproxy.balance import Replica
@@ -143,7 +144,7 @@ class Forwarder:
                 else:
                     endpoint.meter.refused(refused.status, refused.code, admitted=exchange is not None)
                 if self._tracing is not None and exchange is not None:
-                    _end_span(self._tracing, exchange, status, refused)
+                    spans.end(self._tracing, exchange.span, exchange.replica_uid, status, refused)
 
     def _endpoint_of(self, request: web.BaseRequest) -> Endpoint:
         endpoint = self._lookup(request)
@@ -180,7 +181,7 @@ class Forwarder:
         upload = Upload(request, bytes_max=limits.body_bytes_max, stall_s=limits.first_byte_timeout_s)
         buffered_bytes = 0 if upload.complete else min(upload.length or BODY_BUFFER_BYTES, BODY_BUFFER_BYTES)
         if self._tracing is not None:
-            span, traceparent = _begin_span(self._tracing, request, endpoint, request_id, traceparent)
+            span, traceparent = spans.begin(self._tracing, request, endpoint.route, request_id, traceparent)
         return Exchange(
             request=request,
             endpoint=endpoint,
@@ -414,38 +415,6 @@ class Forwarder:
         if self.draining or (request.headers.get("Expect") and request.can_read_body):
             response.force_close()
         return response
-
-
-def _begin_span(
-    tracing: Tracing, request: web.BaseRequest, endpoint: Endpoint, request_id: str, traceparent: str
-) -> tuple[Any, str]:
-    """A span within the client's trace, or one of its own; and the traceparent for the replica."""
-    attributes = {
-        "http.request.method": request.method,
-        "url.path": request.path,
-        "dure.project": endpoint.route.project,
-        "dure.endpoint": endpoint.route.endpoint,
-        "dure.endpoint_uid": endpoint.route.endpoint_uid,
-        "dure.request_id": request_id,
-    }
-    given = {"traceparent": traceparent}
-    if "traceparent" not in request.headers:
-        given = {}
-    elif tracestate := ",".join(request.headers.getall("tracestate", ())):
-        given["tracestate"] = tracestate
-    span = tracing.begin("forward", "server", attributes, given)
-    return span, tracing.headers(span).get("traceparent", traceparent)
-
-
-def _end_span(tracing: Tracing, exchange: Exchange, status: int, refused: Refusal | None) -> None:
-    if refused is not None:
-        status, error = refused.status, refused.code if refused.status >= 500 else ""
-    else:
-        error = "" if 100 <= status < 500 else f"status {status}" if status else "no whole answer got through"
-    attributes: dict[str, Any] = {"http.response.status_code": status} if status else {}
-    if exchange.replica_uid:
-        attributes["dure.replica_uid"] = exchange.replica_uid
-    tracing.end(exchange.span, error, attributes)
 
 
 class _Unanswered(Exception):

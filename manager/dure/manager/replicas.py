@@ -178,7 +178,10 @@ def traffic(endpoint: EndpointView, replicas: Sequence[ReplicaView]) -> Mapping[
     if state is None or state.revision != endpoint.revision:
         # A rollout that has not begun yet must not show its revision to anybody.
         state = rollout.begin(endpoint, 0)
-    return rollout.pools(state, endpoint.policy, serving_by_revision(replicas), endpoint.desired)
+    serving = serving_by_revision(replicas)
+    if state is None:
+        return rollout.pools_back(endpoint.policy, serving, endpoint.revision, endpoint.desired)
+    return rollout.pools(state, endpoint.policy, serving, endpoint.desired)
 
 
 def _advance(

@@ -72,6 +72,7 @@ class FakeManager(rpc.RoutingServiceServicer):
         self.table_id = "table-1"
         self.revision = 1
         self.routes: dict[str, pb.Route] = {}
+        self.members: list[str] = []
         self.log: list[tuple[int, str]] = []
         self.hellos: list[pb.Hello] = []
         self.reports: list[pb.Report] = []
@@ -174,6 +175,7 @@ class FakeManager(rpc.RoutingServiceServicer):
             complete=True,
             routes=self.routes.values(),
             keys=[self.public_key()],
+            members=self.members,
         )
 
     def _changes(self, after: int) -> pb.TableUpdate:
@@ -184,6 +186,7 @@ class FakeManager(rpc.RoutingServiceServicer):
             complete=True,
             routes=[self.routes[uid] for uid in uids if uid in self.routes],
             removed=[uid for uid in uids if uid not in self.routes],
+            members=self.members,
         )
 
 

@@ -8,6 +8,8 @@ import signal
 import socket
 from pathlib import Path
 
+import metrics_page
+import tomli
 from link.client.dure_program import Dure, Ran, finish
 from link.client.fake_manager import until
 
@@ -47,6 +49,11 @@ def test_it_comes_up_tells_of_deaths_and_leaves_nothing(tmp_path: Path) -> None:
         process = await _up(dure, data_dir)
         second = await dure("dev", "--data-dir", str(data_dir))
         assert second.code != 0 and "another process already runs dev" in second.err
+        recorded = tomli.loads((data_dir / "dev.toml").read_text())
+        for port, family in zip(
+            recorded["metrics_ports"], ("dure_manager_info", "dure_agent_info"), strict=True
+        ):
+            assert family in await metrics_page.read(port)
         assert process.stderr is not None
         os.kill(int((data_dir / "run" / "proxy-1.pid").read_text()), signal.SIGKILL)
         while b"proxy-1 was ended by SIGKILL" not in (line := await process.stderr.readline()):

@@ -27,6 +27,8 @@ def _route(number: int, version: int = 0) -> pb.Route:
         ],
         pools=[pb.Pool(revision=version + i, weight=50 * i) for i in range(version % 3)],
         revoked_tokens=[f"t{version}"],
+        scrape=pb.ScrapeSettings(path="/m", interval_ms=1000 + version) if version % 2 else None,
+        hold_ms=1000 * (version % 3),
     )
 
 

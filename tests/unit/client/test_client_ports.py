@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dure.client.dev.ports import Ports, WantedPorts, choose, parse_pool
+from dure.client.dev.ports import Ports, WantedPorts, choose, choose_metrics, parse_pool
 from dure.wire.errors import DureError
 
 
@@ -77,3 +77,16 @@ def test_programs_that_still_run_keep_their_ports() -> None:
 def test_a_bad_range(text: str) -> None:
     with pytest.raises(ValueError, match="range of ports"):
         parse_pool(text)
+
+
+def test_metrics_ports_are_the_usual_ones_the_recorded_ones_or_any_that_are_free() -> None:
+    ports, two = Ports(7070, 7099, (7100, 7199)), ("manager", "agent-1")
+    recorded = {"metrics_ports": [9001, 9002]}
+    assert choose_metrics((*two, "agent-2"), {}, Machine(), ports) == (7098, 7097, 7096)
+    assert choose_metrics(two, {"metrics_ports": [9001]}, Machine(), ports) == (9001, 7097)
+    assert choose_metrics(two, recorded, Machine(9002), ports) == (9001, 15_000)
+    # The program itself has taken it: it was left over from before.
+    assert choose_metrics(two, recorded, Machine(9002), ports, frozenset({"agent-1"})) == (9001, 9002)
+    # Nothing else of the same cluster has them, nor two of its programs one.
+    assert choose_metrics(("manager",), {}, Machine(), Ports(7098, 7099, (7100, 7199))) == (15_000,)
+    assert choose_metrics(two, {"metrics_ports": [9001, 9001]}, Machine(), ports) == (9001, 15_000)

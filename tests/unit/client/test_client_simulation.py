@@ -160,7 +160,7 @@ def test_csv_files_texts_and_columns() -> None:
 
 def test_every_problem_of_a_file_at_once() -> None:
     text = (
-        f"rules: [{UP}, {UP.replace('name: up', 'name: two').replace('proxy', 'kernel').replace('queue', 'mem')}]\n"
+        f"rules: [{UP}, {{source: kernel, metric: mem, above: 1}}]\n"
         "replicas: many\nseconds: 0\nready: 3\nready_after: later\n"
         "series:\n"
         "  other: [[0, 1]]\n"
@@ -269,7 +269,7 @@ def test_a_plot_scales_to_its_highest_and_marks_thresholds() -> None:
     lines = plot("t", [0, 4, 8], width=30, height=4, marks=[4])
     assert [line[:11] for line in lines] == ["t", "        8 │", "          │", "          │", "        0 │"]
     # Half of eight fills two of four rows, and the dots of the threshold stand where nothing else does.
-    assert lines[1].count("█") == 6 and lines[3].count("█") == 13 and lines[2].count("·") == 13
+    assert lines[1].count("█") == 6 and lines[3].count("█") == 12 and lines[2].count("·") == 13
     assert lines[4].endswith("█") and plot("t", [], width=30)[0] == "t"
     assert plot("t", [None, 0.0, None], width=30, height=1)[1].strip() == "0 │"
 

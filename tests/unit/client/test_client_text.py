@@ -14,7 +14,7 @@ from dure.client.cli.output import dumps, enum_word, to_value
 from dure.client.cli.text import age, align, cells, clean, cut, parse_expiry, span
 from dure.client.waiting import judge, summary
 from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2
-from dure.wire.errors import InvalidInput, ManagerUnreachable, NotFound, Violation
+from dure.wire.errors import FailedPrecondition, InvalidInput, ManagerUnreachable, NotFound, Violation
 
 
 def test_documents_hold_every_field_by_its_proto_name() -> None:
@@ -143,6 +143,9 @@ def test_errors_say_every_violation_and_what_to_try() -> None:
     ]
     assert "`dure endpoint list`" in explain(NotFound("no"), ["endpoint", "-o", "json", "get", "x"])[-1]
     assert "`dure doctor`" in explain(ManagerUnreachable("no"), ["token", "list", "x"])[-1]
+    blocked = FailedPrecondition("endpoint vv is BLOCKED: why", reason="WAIT_FAILED")
+    for arguments in (["model", "run", "m", "--name", "vv"], ["endpoint", "create", "--model", "m", "vv"]):
+        assert "`dure endpoint events vv`" in explain(blocked, arguments)[-1]
 
 
 def test_the_shares_and_probe_of_a_replica() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
@@ -81,8 +82,9 @@ class Meter:
         try:
             samples = pynvml.nvmlDeviceGetProcessUtilization(handle, self._seen_us.get(uuid, 0))
         except pynvml.NVMLError as error:
-            # Not found: nothing has run since the last look.
-            return {} if isinstance(error, pynvml.NVMLError_NotFound) else None
+            # Not found, or no samples at all (an error of "success"): nothing has run since the last look.
+            nothing = error.value in (pynvml.NVML_SUCCESS, pynvml.NVML_ERROR_NOT_FOUND)
+            return {} if nothing else None
         by_pid: dict[int, list[float]] = defaultdict(list)
         for sample in samples:
             self._seen_us[uuid] = max(self._seen_us.get(uuid, 0), int(sample.timeStamp))
@@ -95,16 +97,16 @@ class Meter:
 def _memory_bytes(handle: Any) -> dict[int, int] | None:
     used: dict[int, int] = {}
     try:
-        for running in (
-            pynvml.nvmlDeviceGetComputeRunningProcesses,
-            pynvml.nvmlDeviceGetGraphicsRunningProcesses,
-        ):
-            for process in running(handle):
-                if process.usedGpuMemory is not None:
-                    # A process that does both stands in both lists with all of its memory.
-                    used[int(process.pid)] = max(used.get(int(process.pid), 0), int(process.usedGpuMemory))
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
         return None
+    # GPUs of data centres may know no graphics.
+    with contextlib.suppress(pynvml.NVMLError):
+        running += pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle)
+    for process in running:
+        if process.usedGpuMemory is not None:
+            # A process that does both stands in both lists with all of its memory.
+            used[int(process.pid)] = max(used.get(int(process.pid), 0), int(process.usedGpuMemory))
     return used
 
 

@@ -24,6 +24,9 @@ from dure.wire.errors import (
 
 # A violation of a definition file: `service-definition.toml:3: vllm.environ.PORT`.
 _DEFINITION = re.compile(r"\S+\.(ya?ml|toml)(:|$)")
+# Errors of waiting name their endpoint, which need not be the command's argument: `model run m --name e`.
+_WAITING = ("WAIT_TIMED_OUT", "WAIT_FAILED", "ROLLED_BACK", "ROLLOUT_PAUSED", "ROLLOUT_WAITS")
+_ENDPOINT = re.compile(r"\bendpoint ([a-z][a-z0-9-]*)\b")
 
 
 def report(error: Exception, arguments: list[str]) -> int:
@@ -66,6 +69,8 @@ def _next(error: DureError, arguments: list[str]) -> str:
         name = [*words, "", "", "", ""][3]
     elif group == "apply":
         name = "NAME"
+    if error.reason in _WAITING and (found := _ENDPOINT.search(error.message)) is not None:
+        name = found[1]
     match error.reason:
         case "NO_CONTEXT":
             return (

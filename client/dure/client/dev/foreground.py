@@ -28,6 +28,8 @@ def make_plan(
         "manager": ("manager", programs.manager_dir(data_dir)),
         "proxy": (PROXY, programs.proxy_dir(data_dir, PROXY)),
     }
+    names = [f"agent-{number}" for number in range(1, agents + 1)]
+    homes |= {name: (name, programs.agent_dir(data_dir, name)) for name in names}
     for kind, (name, home) in homes.items():
         process = find(data_dir / "run" / f"{name}.pid", home / "lock")
         if process is not None:
@@ -36,7 +38,7 @@ def make_plan(
     ports, notes = choose(wanted, recorded, LoopbackProbe(), frozenset(running))
     for note in notes:
         say(note)
-    metrics = choose_metrics(1 + agents, recorded, LoopbackProbe(), ports)
+    metrics = choose_metrics(["manager", *names], recorded, LoopbackProbe(), ports, frozenset(running))
     write_toml(
         data_dir / "dev.toml",
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,19 +114,25 @@ def choose(
     return Ports(manager, admin, pool), notes
 
 
-def choose_metrics(count: int, recorded: Mapping[str, Any], probe: Probe, ports: Ports) -> tuple[int, ...]:
-    """Ports for the metrics of the manager and of each agent: recorded ones again, else the usual ones or any
-    that are free. Nobody gives them out, so one that changes is no news.
+def choose_metrics(
+    members: Sequence[str],
+    recorded: Mapping[str, Any],
+    probe: Probe,
+    ports: Ports,
+    running: frozenset[str] = frozenset(),
+) -> tuple[int, ...]:
+    """Ports for the metrics of each program: recorded ones again, else the usual ones or any that are free.
+    Nobody gives them out, so one that changes is no news; those of programs in `running` stay.
     """
     kept = recorded.get("metrics_ports")
     chosen: list[int] = []
-    for index in range(count):
+    for index, member in enumerate(members):
         wanted = METRICS_PORT - index
         if isinstance(kept, list) and index < len(kept) and isinstance(kept[index], int):
             wanted = kept[index]
         used = {ports.manager, ports.admin, *range(ports.pool[0], ports.pool[1] + 1), *chosen}
         for _ in range(_TRIES_MAX):
-            if wanted not in used and not probe.taken(wanted):
+            if wanted not in used and (member in running or not probe.taken(wanted)):
                 break
             wanted = probe.spare(1)
         chosen.append(wanted)
