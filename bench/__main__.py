@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from bench import forwarding, measuring, readiness, scaling
+from bench import forwarding, measuring, readiness, scaling, waking
 
 BENCHMARKS = {
     "readiness": readiness.main,
     "forwarding": forwarding.main,
     "measuring": measuring.main,
     "scaling": scaling.main,
+    "waking": waking.main,
 }
 
 

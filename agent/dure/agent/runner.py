@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from dure.agent.leases import Leases
 from dure.agent.log_archive import LogArchive
 from dure.agent.prober import Answer
 from dure.agent.shim.files import read_json, write_bytes, write_json
+from dure.agent.starts import Start
 from dure.fleet.v1 import fleet_pb2
 from dure.wire.backoff import backoff_s
 from dure.wire.tracing import Tracing
@@ -80,7 +80,7 @@ class Runner:
         self._policy = _policy_of(spec)
         self._health = health.begin(self._policy)
         self._own_sockets: frozenset[int] = frozenset()
-        self._start: _Start | None = None
+        self._start: Start | None = None
         self.status = fleet_pb2.KernelStatus(uid=spec.uid, host=node.host)
 
     def save(self) -> None:
@@ -92,7 +92,7 @@ class Runner:
         """Starts it, or goes on where the agent before stopped, until it ended."""
         try:
             if not await self._adopt():
-                self._start = _Start(self._node, self.spec)
+                self._start = Start(self._node.counts, self._node.tracing, self.spec)
                 await self._prepare()
             await self._follow()
         except StartFailed as error:
@@ -358,30 +358,6 @@ class Runner:
     def _say(self, message: str) -> None:
         self.status.message = message
         self._emit(None)
-
-
-class _Start:
-    """A start under way: how long it takes, and its trace."""
-
-    def __init__(self, node: Node, spec: fleet_pb2.KernelSpec) -> None:
-        self._node = node
-        self._began_s = time.monotonic()
-        self._span = None
-        if node.tracing is not None:
-            described = {
-                "dure.kernel": spec.uid,
-                "dure.replica": spec.replica_uid,
-                "dure.project": spec.project,
-                "dure.endpoint": spec.endpoint,
-            }
-            self._span = node.tracing.begin("kernel start", "internal", described)
-
-    def over(self, error: str) -> None:
-        """Empty: its command runs."""
-        if not error:
-            self._node.counts.started.observe(time.monotonic() - self._began_s)
-        if self._node.tracing is not None:
-            self._node.tracing.end(self._span, error[:200])
 
 
 def _policy_of(spec: fleet_pb2.KernelSpec) -> Policy | None:

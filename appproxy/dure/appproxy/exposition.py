@@ -26,6 +26,8 @@ HISTOGRAMS_MAX = 100
 BUCKETS_MAX = 64
 _NAME_LENGTH_MAX = 200
 _LINE_BYTES_MAX = 16 * 1024
+SERIES_REMEMBERED_MAX = 20_000
+_REMEMBERED_BYTES_MAX = 500
 # Metrics of inference frameworks: what rules are mostly made of.
 KNOWN_PREFIXES = ("vllm:", "llamacpp:", "sglang:", "tgi_")
 
@@ -41,10 +43,12 @@ _LABEL = re.compile(
     r"""[ \t]*+([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*+=[ \t]*+"((?:[^"\\]++|\\.)*+)"[ \t]*+(?:,|$)"""
 )
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_NUMBER_BYTES = re.compile(_NUMBER.pattern.encode())
 _TYPE = re.compile(r"#[ \t]+TYPE[ \t]+([a-zA-Z_:][a-zA-Z0-9_:]*)[ \t]+([a-z]+)[ \t]*")
 _GAUGES = frozenset(("gauge", "untyped", "unknown"))
 _SUMMED = frozenset(("histogram", "summary"))
 _DROPPED = frozenset(("info", "stateset", "gaugehistogram"))
+_TYPES = _GAUGES | _SUMMED | _DROPPED | {"counter"}
 
 
 class PageRefused(Exception):
@@ -70,10 +74,29 @@ class Metrics:
     broken: int = 0
 
 
+@dataclass(slots=True)
+class Memory:
+    """What the text before a value says: the name, and the upper bound if it is a bucket.
+
+    The same series come again with every look, and from every replica; reading them costs most of the time.
+    It is the same whatever stands on the rest of the page.
+    """
+
+    series: dict[bytes, tuple[str, float | None]] = field(default_factory=dict)
+
+    def add(self, text: bytes, name: str, bound: float | None) -> None:
+        if len(text) > _REMEMBERED_BYTES_MAX:
+            return
+        if len(self.series) >= SERIES_REMEMBERED_MAX:
+            self.series.clear()
+        self.series[text] = (name, bound)
+
+
 class Reader:
     """Reads one page. `feed` its bytes as they come, then `end`; both raise PageRefused."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory | None = None) -> None:
+        self._memory = memory if memory is not None else Memory()
         self._rest = b""
         self._size_bytes = 0
         self._types: dict[str, str] = {}
@@ -104,7 +127,14 @@ class Reader:
         return self._summed_up()
 
     def _line(self, raw: bytes) -> None:
-        if self._ended:
+        if self._ended or raw[:7] == b"# HELP ":
+            return
+        before, _, last = raw.rpartition(b" ")
+        known = self._memory.series.get(before)
+        if known is not None and _NUMBER_BYTES.fullmatch(last):
+            self._count()
+            if math.isfinite(number := float(last)):
+                self._sample(known[0], known[1], number)
             return
         if len(raw) > _LINE_BYTES_MAX:
             self._broken += 1
@@ -123,17 +153,25 @@ class Reader:
         if match is None:
             self._broken += 1
             return
-        self._samples += 1
-        if self._samples > SAMPLES_MAX:
-            raise PageRefused(f"the page has more than {SAMPLES_MAX} samples")
+        self._count()
         name, labels, text = match.groups()
         if len(name) > _NAME_LENGTH_MAX:
             return
         value = _number(text)
         if value is None:
             self._broken += 1
-        elif math.isfinite(value):
-            self._sample(name, labels, value)
+            return
+        bound = _bound(labels) if name.endswith("_bucket") else None
+        # Only where the value is the last thing on the line: a time would be taken for one.
+        if last == text.encode() and match.end(3) == len(line):
+            self._memory.add(before, name, bound)
+        if math.isfinite(value):
+            self._sample(name, bound, value)
+
+    def _count(self) -> None:
+        self._samples += 1
+        if self._samples > SAMPLES_MAX:
+            raise PageRefused(f"the page has more than {SAMPLES_MAX} samples")
 
     def _comment(self, line: str) -> None:
         if line == "# EOF":
@@ -141,10 +179,10 @@ class Reader:
             return
         match = _TYPE.fullmatch(line)
         # Types are kept for as many families as there can be samples: a page of types alone is no page.
-        if match is not None and len(self._types) < SAMPLES_MAX:
+        if match is not None and match[2] in _TYPES and len(self._types) < SAMPLES_MAX:
             self._types[match[1]] = match[2]
 
-    def _sample(self, name: str, labels: str | None, value: float) -> None:
+    def _sample(self, name: str, bound: float | None, value: float) -> None:
         kind = self._types.get(name)
         if name.endswith("_created") and self._belongs(name.removesuffix("_created")):
             return
@@ -153,16 +191,15 @@ class Reader:
         elif kind in _GAUGES:
             _add(self._gauges, name, value)
         elif kind is None:
-            self._part(name, labels, value)
+            self._part(name, bound, value)
 
-    def _part(self, name: str, labels: str | None, value: float) -> None:
+    def _part(self, name: str, bound: float | None, value: float) -> None:
         """A sample whose name is not that of its family, or of no type."""
         base, _, suffix = name.rpartition("_")
         kind = self._types.get(base) if base else None
         if (kind == "counter" and suffix == "total") or (kind in _SUMMED and suffix in ("sum", "count")):
             _add(self._counters, name, value)
         elif kind == "histogram" and suffix == "bucket":
-            bound = _bound(labels)
             if bound is None:
                 self._broken += 1
             else:
@@ -184,8 +221,8 @@ class Reader:
         left = FAMILIES_MAX - len(kept)
         plain = set(_preferred([*self._gauges, *self._counters], left))
         return Metrics(
-            {name: value for name, value in self._gauges.items() if name in plain},
-            {name: value for name, value in self._counters.items() if name in plain},
+            {name: value for name, value in self._gauges.items() if name in plain and math.isfinite(value)},
+            {name: value for name, value in self._counters.items() if name in plain and math.isfinite(value)},
             {name: made for name, made in histograms.items() if name in kept},
             self._samples,
             self._broken,
@@ -235,7 +272,11 @@ def _histogram(buckets: dict[float, float]) -> Buckets | None:
     if bounds[-1] != math.inf:
         return None
     counts = [buckets[bound] for bound in bounds]
-    if counts[0] < 0 or any(after < before for before, after in pairwise(counts)):
+    if (
+        counts[0] < 0
+        or not math.isfinite(counts[-1])
+        or any(after < before for before, after in pairwise(counts))
+    ):
         return None
     if len(bounds) > BUCKETS_MAX:
         # Cumulative counts stay true when bounds between them are left out.

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dure.appproxy.exposition import PAGE_BYTES_MAX, Metrics, PageRefused, Reader
+from dure.appproxy.exposition import PAGE_BYTES_MAX, Memory, Metrics, PageRefused, Reader
 from dure.appproxy.live import Live
 from dure.appproxy.measuring import Scraped
 from dure.appproxy.response import Cut, End, Head, Malformed
@@ -72,6 +72,7 @@ class Scraper:
         self._running: set[asyncio.Task[None]] = set()
         self._scrapers: dict[str, str] = {}
         self._members: tuple[str, ...] = ()
+        self._memory = Memory()
         self._stale = False
         self._wake = asyncio.Event()
         live.on_table.append(self._look_again)
@@ -164,7 +165,9 @@ class Scraper:
         timeouts, target.timeouts = target.timeouts, 0
         try:
             async with asyncio.timeout(limit_s):
-                metrics = await fetch(target.target.host, target.target.port, target.scraping.path)
+                metrics = await fetch(
+                    target.target.host, target.target.port, target.scraping.path, self._memory
+                )
             message = _message_of(metrics)
             self.succeeded += 1
             self.broken_lines += metrics.broken
@@ -189,7 +192,7 @@ class Scraper:
         self._wake.set()
 
 
-async def fetch(host: str, port: int, path: str) -> Metrics:
+async def fetch(host: str, port: int, path: str, memory: Memory) -> Metrics:
     """What a metrics page shows; set a time limit.
 
     Raises ScrapeFailed, PageRefused, ConnectFailed, Cut or Malformed.
@@ -204,7 +207,7 @@ async def fetch(host: str, port: int, path: str) -> Metrics:
             "User-Agent: dure-proxy\r\nAccept: text/plain;version=0.0.4, */*;q=0.5\r\n"
             "Accept-Encoding: gzip\r\nConnection: close\r\n\r\n".encode("latin-1")
         )
-        reader, inflate = Reader(), None
+        reader, inflate = Reader(memory), None
         received_bytes = 0
         while True:
             for event in await connection.take():

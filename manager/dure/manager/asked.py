@@ -33,7 +33,11 @@ _SYSTEM = (
     "/", "/proc", "/sys", "/dev", "/etc", "/usr", "/bin", "/lib", "/lib64", "/sbin", "/run", HOME, "/root",
     "/tmp", "/var", "/opt", "/boot",
 )  # fmt: skip
-_NOT_BELOW = ("/proc", "/sys", "/dev", "/etc", "/bin", "/lib", "/lib64", "/sbin", "/run", "/boot")
+_NOT_BELOW = (
+    "/proc", "/sys", "/dev", "/etc", "/bin", "/lib", "/lib64", "/sbin", "/run", "/boot",
+    # The same four, where `/bin` and so on are links.
+    "/usr/bin", "/usr/lib", "/usr/lib64", "/usr/sbin",
+)  # fmt: skip
 
 
 def check_replica_count(count: int) -> Violation | None:

@@ -6,6 +6,7 @@ if nobody else has changed the endpoint meanwhile; else it is worked out again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from sqlalchemy import select
@@ -25,6 +26,8 @@ from dure.wire.errors import Violation
 
 ATTEMPTS_MAX = 5
 REQUEST_ID_MAX = 128
+# Updates of one endpoint wait for each other, or of many at once most would be worked out in vain.
+QUEUES = 64
 
 
 class _OnlyTried(Exception):
@@ -41,6 +44,7 @@ class Revising:
     def __init__(self, store: Store, folders: Folders) -> None:
         self._store = store
         self._folders = folders
+        self._queues = tuple(asyncio.Lock() for _ in range(QUEUES))
 
     async def create(
         self,
@@ -145,6 +149,12 @@ class Revising:
         self, wanted: endpoint_pb2.Endpoint, paths: Sequence[str], *, validate_only: bool = False
     ) -> endpoint_pb2.Endpoint:
         """Changes the fields that `paths` names. Raises as `create`, and Conflict for another etag."""
+        async with self._queues[hash(wanted.name) % QUEUES]:
+            return await self._update(wanted, paths, validate_only)
+
+    async def _update(
+        self, wanted: endpoint_pb2.Endpoint, paths: Sequence[str], validate_only: bool
+    ) -> endpoint_pb2.Endpoint:
         for _ in range(ATTEMPTS_MAX):
             async with self._store.read() as session:
                 project, row = await scope.endpoint(session, wanted.name, "endpoint.name")

@@ -163,6 +163,23 @@ def pools(
     return {**split, state.revision: share}
 
 
+def pools_back(
+    policy: RolloutPolicy, serving: Mapping[int, int], wanted: int, desired: int
+) -> dict[int, int]:
+    """Percent of the requests by revision while a canary's stable revision takes everything back.
+
+    A canary that was given up gets no more than its step gave it, though the stable revision still lacks
+    replicas. Empty: all replicas alike, as for other strategies, and beyond the steps.
+    """
+    others = {revision: count for revision, count in serving.items() if revision != wanted}
+    count = sum(others.values())
+    weights = [step.weight for step in policy.steps if _canary_replicas(step.weight, desired) >= count]
+    if policy.strategy is not Strategy.CANARY or not (count and weights and serving.get(wanted)):
+        return {}
+    share = min(*weights, 100 * count // sum(serving.values()))
+    return {wanted: 100 - share} | {revision: share * n // count for revision, n in others.items()}
+
+
 def weight(state: RolloutState, policy: RolloutPolicy, serving: Mapping[int, int], desired: int) -> int:
     """Percent of the requests that the new revision gets."""
     new, total = serving.get(state.revision, 0), sum(serving.values())

@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 import tomli
 from aiohttp import web
+from otlp_receiver import receiver
 from proxy_fakes import JOIN_TOKEN, FakeManager, free_ports, listening, read_head, replica, route, run, until
 
 _PROGRAM = "from dure.appproxy.main import main; main()"
@@ -197,5 +198,53 @@ def test_a_refused_join_token_ends_the_program(tmp_path: Path) -> None:
         )
         assert "unknown join token" in text
         await manager.stop()
+
+    run(test)
+
+
+def test_forwards_are_traced_within_the_clients_trace(tmp_path: Path) -> None:
+    trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    seen: list[dict[str, str]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(dict(request.headers))
+        return web.Response(status=500 if request.path == "/fails" else 200)
+
+    async def test() -> None:
+        port, other = free_ports(2)
+        manager = FakeManager()
+        await manager.start()
+        try:
+            async with receiver() as received, replica(handler) as target, aiohttp.ClientSession() as http:
+                await manager.set(route("e", port, target))
+                async with _running(
+                    *("--data-dir", str(tmp_path), "--manager", f"127.0.0.1:{manager.port}"),
+                    *("--ports", f"{min(port, other)}-{max(port, other)}", "--admin-port", "0"),
+                    DURE_JOIN_TOKEN=JOIN_TOKEN,
+                    **received.environ,
+                ) as process:
+                    await listening(port)
+                    url = f"http://127.0.0.1:{port}"
+                    headers = {"traceparent": f"00-{trace}-{caller}-01", "tracestate": "vendor=1"}
+                    async with http.get(url + "/mine", headers=headers) as response:
+                        assert response.status == 200
+                    mine = await received.span(lambda span: span.trace == trace)
+                    assert (mine.program, mine.name, mine.parent) == ("dure-proxy", "forward", caller)
+                    assert mine.attributes["dure.endpoint"] == "name-e"
+                    assert mine.attributes["dure.replica_uid"] == f"replica-{target}"
+                    assert mine.attributes["http.response.status_code"] == 200 and not mine.failed
+                    # The replica's part of the trace hangs below the proxy's.
+                    assert seen[0]["traceparent"] == f"00-{trace}-{mine.id}-01"
+                    assert seen[0]["tracestate"] == "vendor=1"
+                    async with http.get(url + "/fails", headers={"traceparent": "00-what-ever"}) as response:
+                        assert response.status == 500
+                    failed = await received.span(lambda span: span.failed)
+                    assert not failed.parent and failed.trace != trace
+                    assert seen[1]["traceparent"].startswith(f"00-{failed.trace}-{failed.id}-")
+                    process.send_signal(signal.SIGTERM)
+                    async with asyncio.timeout(10):
+                        assert await process.wait() == 0
+        finally:
+            await manager.stop()
 
     run(test)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import time
 from pathlib import Path
 
-import pytest
 from aiohttp import web
 from proxy_fakes import Bench, RawHandler, bench, raw_replica, read_head, replica, route, run, target, until
 
@@ -17,6 +17,7 @@ from dure.appproxy.table import scraper_of
 from dure.routing.v1 import routing_pb2 as pb
 
 FAST = pb.ScrapeSettings(path="/metrics", interval_ms=200)
+GZIP = b"Content-Encoding: gzip\r\n"
 PAGE = b"""# TYPE llamacpp:requests_processing gauge
 llamacpp:requests_processing 2
 # TYPE llamacpp:tokens_predicted_total counter
@@ -93,57 +94,57 @@ def test_a_page_is_reported_as_it_stands_again_and_again(tmp_path: Path) -> None
     run(test)
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "status 500"),
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "status 404"),
-        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", "redirects"),
-        (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", "switched"),
-        (b"SSH-2.0-OpenSSH\r\n\r\n", ""),
-        (b"", ""),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\na 1\n", ""),
-        (_page(b"<html>hello</html>"), "no line"),
-        (_page(b"a 1\n" * 30_000), "samples"),
-        (_page(b"# " + b"x" * PAGE_BYTES_MAX), "larger"),
-        (_page(gzip.compress(b"# " + b"x" * 200_000_000), b"Content-Encoding: gzip\r\n"), "larger"),
-        (_page(gzip.compress(PAGE)[:-20], b"Content-Encoding: gzip\r\n"), "breaks off"),
-        (_page(b"no gzip at all", b"Content-Encoding: gzip\r\n"), "damaged"),
-        (_page(PAGE, b"Content-Encoding: br\r\n"), "encoding"),
-    ],
-    ids=lambda value: value[:12] if isinstance(value, str) else "",
-)
-def test_a_page_that_is_none_is_an_error_and_nothing_else(tmp_path: Path, answer: bytes, said: str) -> None:
+# What a replica answers at /metrics, and what the report says then.
+NO_PAGES = {
+    "status": (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "status 500"),
+    "missing": (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "status 404"),
+    "redirect": (
+        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+        "redirects",
+    ),
+    "upgrade": (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", "switched"),
+    "ssh": (b"SSH-2.0-OpenSSH\r\n\r\n", ""),
+    "nothing": (b"", ""),
+    "cut": (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\na 1\n", ""),
+    "html": (_page(b"<html>hello</html>"), "no line"),
+    "samples": (_page(b"a 1\n" * 30_000), "samples"),
+    "huge": (_page(b"# " + b"x" * PAGE_BYTES_MAX), "larger"),
+    "bomb": (_page(gzip.compress(b"# " + b"x" * 50_000_000), GZIP), "larger"),
+    "half a gzip": (_page(gzip.compress(PAGE)[:-20], GZIP), "breaks off"),
+    "no gzip": (_page(b"no gzip at all", GZIP), "damaged"),
+    "brotli": (_page(PAGE, b"Content-Encoding: br\r\n"), "encoding"),
+}
+PAGES = {
+    "gzip": _page(gzip.compress(PAGE), GZIP),
+    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+    % (len(PAGE), PAGE),
+    "until the end": b"HTTP/1.0 200 OK\r\n\r\n" + PAGE,
+    "broken lines": _page(PAGE + b"broken line here\n\xff\xfe\nalso{broken 1\nx NaN\n"),
+}
+
+
+def test_pages_as_servers_send_them_and_pages_that_are_none(tmp_path: Path) -> None:
     async def test() -> None:
-        async with bench(tmp_path) as b, raw_replica(_answering(answer)) as port:
-            await b.serves(route("e", b.port, port, scrape=FAST))
-            scrape = await _first(b, port)
-            assert scrape.error and said in scrape.error
-            assert not (scrape.gauges or scrape.counters or scrape.histograms)
-            async with b.http.get(b.url) as response:
-                assert response.status == 200
+        async with bench(tmp_path) as b, contextlib.AsyncExitStack() as stack:
+            answers = {**PAGES, **{name: answer for name, (answer, _) in NO_PAGES.items()}}
+            ports = {
+                name: await stack.enter_async_context(raw_replica(_answering(answer)))
+                for name, answer in answers.items()
+            }
+            await b.serves(route("e", b.port, *ports.values(), scrape=FAST))
+            for name in PAGES:
+                scrape = await _first(b, ports[name])
+                assert not scrape.error, (name, scrape.error)
+                assert scrape.gauges == {"llamacpp:requests_processing": 2.0}, name
+            for name, (_, said) in NO_PAGES.items():
+                scrape = await _first(b, ports[name])
+                assert scrape.error and said in scrape.error, (name, scrape.error)
+                assert not (scrape.gauges or scrape.counters or scrape.histograms), name
+            # All of them take traffic as before.
+            for _ in range(2 * len(ports)):
+                async with b.http.get(b.url) as response:
+                    assert (response.status, await response.read()) == (200, b"ok")
             assert not any(report.unreachable_targets for report in b.manager.reports)
-
-    run(test)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        _page(gzip.compress(PAGE), b"Content-Encoding: gzip\r\n"),
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(PAGE) + PAGE + b"\r\n0\r\n\r\n",
-        b"HTTP/1.0 200 OK\r\n\r\n" + PAGE,
-        _page(PAGE + b"broken line here\n\xff\xfe\nalso{broken 1\nx NaN\n"),
-    ],
-    ids=["gzip", "chunked", "until the end", "broken lines"],
-)
-def test_pages_as_servers_send_them(tmp_path: Path, answer: bytes) -> None:
-    async def test() -> None:
-        async with bench(tmp_path) as b, raw_replica(_answering(answer)) as port:
-            await b.serves(route("e", b.port, port, scrape=FAST))
-            scrape = await _first(b, port)
-            assert not scrape.error
-            assert scrape.gauges == {"llamacpp:requests_processing": 2.0}
 
     run(test)
 
@@ -176,16 +177,21 @@ async def _pours(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     await writer.drain()
 
 
-@pytest.mark.parametrize(
-    ("handler", "said"), [(_hangs, "within"), (_never_ends, "within"), (_pours, "larger")]
-)
-def test_pages_without_an_end(tmp_path: Path, handler: RawHandler, said: str) -> None:
+def test_pages_without_an_end(tmp_path: Path) -> None:
     async def test() -> None:
-        async with bench(tmp_path) as b, raw_replica(handler) as port:
-            await b.serves(route("e", b.port, port, scrape=FAST))
-            assert said in (await _first(b, port)).error
-            async with b.http.get(b.url) as response:
-                assert response.status == 200
+        async with (
+            bench(tmp_path) as b,
+            raw_replica(_hangs) as hangs,
+            raw_replica(_never_ends) as never_ends,
+            raw_replica(_pours) as pours,
+        ):
+            await b.serves(route("e", b.port, hangs, never_ends, pours, scrape=FAST))
+            assert "within" in (await _first(b, hangs)).error
+            assert "within" in (await _first(b, never_ends)).error
+            assert "larger" in (await _first(b, pours)).error
+            for _ in range(6):
+                async with b.http.get(b.url) as response:
+                    assert response.status == 200
 
     run(test)
 
@@ -230,13 +236,25 @@ def test_traffic_does_not_notice_scrapes_of_huge_pages(tmp_path: Path) -> None:
     run(test)
 
 
-@pytest.mark.parametrize("path", ["", "metrics", "/a b", "/a\r\nX: y", "http://127.0.0.1/"])
-def test_a_path_that_is_none_is_said_and_the_route_stands(tmp_path: Path, path: str) -> None:
+def test_a_path_that_is_none_is_said_and_the_route_stands(tmp_path: Path) -> None:
     async def test() -> None:
+        paths = ["", "metrics", "/a b", "/a\r\nX: y", "http://127.0.0.1/"]
         async with bench(tmp_path) as b, raw_replica(_answering(_page(PAGE))) as port:
-            scrape = pb.ScrapeSettings(path=path, interval_ms=200)
-            await b.serves(route("e", b.port, port, scrape=scrape))
-            assert "path" in (await _first(b, port)).error
+            await b.serves(
+                *(
+                    route(
+                        f"e{number}",
+                        b.port if not number else 0,
+                        pb.Target(replica_uid=f"r{number}", host="127.0.0.1", port=port, weight=1),
+                        label=f"l{number}",
+                        scrape=pb.ScrapeSettings(path=path, interval_ms=200),
+                    )
+                    for number, path in enumerate(paths)
+                )
+            )
+            for number in range(len(paths)):
+                found = await until(lambda uid=f"r{number}": _scrapes(b, uid), timeout_s=8)
+                assert "path" in found[0].error
             async with b.http.get(b.url) as response:
                 assert response.status == 200
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
-from link.manager.inside import Inside, with_inside
+from link.manager.inside import Inside, model_folder, with_inside
 
 from dure.client import Client
 from dure.v1 import folder_pb2
@@ -267,6 +268,18 @@ def test_updates_and_retries_make_revisions_of_what_changed(tmp_path: Path) -> N
         with pytest.raises(errors.InvalidInput, match="found the number `3`"):
             await client.endpoints.retry("e")
         assert (await client.endpoints.get("e")).revision == 3
+
+    with_inside(tmp_path / "manager", body)
+
+
+def test_many_updates_at_once_are_all_made(tmp_path: Path) -> None:
+    async def body(_: Inside, client: Client) -> None:
+        await model_folder(client, tmp_path / "folder")
+        await client.endpoints.create("e", model="m", replicas=0)
+        made = await asyncio.gather(
+            *(client.endpoints.update("e", environ={"N": str(number)}) for number in range(20))
+        )
+        assert sorted(endpoint.revision for endpoint in made) == list(range(2, 22))
 
     with_inside(tmp_path / "manager", body)
 

@@ -79,7 +79,7 @@ def test_environment_precedence() -> None:
 
 def test_outcomes() -> None:
     base = {"stage": "command", "signal": 0, "code": 0, "oom": False, "stopped": False, "message": ""}
-    assert outcome.read(base).reason == "EXITED"
+    assert outcome.read(base).reason == "EXITED" and "foreground" in outcome.read(base).message
     assert outcome.read({**base, "signal": 9, "code": 137}).reason == "SIGNALED"
     assert outcome.read({**base, "signal": 9, "code": 137, "oom": True}).reason == "OOM"
     # A child was killed for its memory, and its parent gave up.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from dure.appproxy import exposition
-from dure.appproxy.exposition import Buckets, PageRefused, Reader, read
+from dure.appproxy.exposition import Buckets, Memory, PageRefused, Reader, read
 
 VLLM = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -220,6 +220,61 @@ def test_pieces_make_no_difference(tail: bytes, sizes: list[int]) -> None:
         rest = rest[size:]
     reader.feed(rest)
     assert reader.end() == read(page)
+
+
+_series = [
+    "a",
+    'a{x="1"}',
+    'a_bucket{le="1"}',
+    'a_bucket{le="+Inf"}',
+    "a_count",
+    "a_total",
+    "a_created",
+    "a_bucket",
+]
+_lines = st.one_of(
+    st.sampled_from(["counter", "gauge", "histogram", "summary", "info", "odd"]).map(
+        lambda t: f"# TYPE a {t}"
+    ),
+    st.tuples(
+        st.sampled_from(_series),
+        st.sampled_from([" ", "  ", "\t", " \t"]),
+        st.sampled_from(["1", "2.5", "NaN", "1e400", "1_0", "x", "3 4", "3 # {} 4", "5 ", "6\r", "7e307"]),
+    ).map("".join),
+    st.text(alphabet='a_{}le="1 #', max_size=12),
+)
+
+
+@given(st.lists(st.lists(_lines, max_size=12), min_size=1, max_size=6))
+@settings(max_examples=300)
+def test_what_is_remembered_of_other_pages_makes_no_difference(pages: list[list[str]]) -> None:
+    memory = Memory()
+    for lines in pages:
+        page = "\n".join(lines).encode()
+        results: list[exposition.Metrics | str] = []
+        for reader in (Reader(memory), Reader()):
+            reader.feed(page)
+            try:
+                results.append(reader.end())
+            except PageRefused as refused:
+                results.append(str(refused))
+        assert results[0] == results[1]
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    memory = Memory()
+    for number in range(exposition.SERIES_REMEMBERED_MAX + 10):
+        memory.add(b"a%d" % number, "a", None)
+    memory.add(b"x" * 1000, "x", None)
+    assert len(memory.series) == 10
+
+
+def test_sums_that_overflow_are_left_out() -> None:
+    found = read(
+        b'a{x="1"} 1e308\na{x="2"} 1e308\nb 1\n# TYPE h histogram\n'
+        b'h_bucket{le="+Inf",x="1"} 1e308\nh_bucket{le="+Inf",x="2"} 1e308\n'
+    )
+    assert (found.gauges, found.histograms) == ({"b": 1.0}, {})
 
 
 _names = st.from_regex(r"[a-z_:][a-z0-9_:]{0,8}", fullmatch=True).filter(

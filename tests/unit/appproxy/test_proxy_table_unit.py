@@ -115,6 +115,22 @@ def test_keys_are_replaced_whole_and_kept_when_left_out() -> None:
     assert set(assembler.table.keys) == {"k1", "k2"}
 
 
+def test_members_are_replaced_whole_kept_when_left_out_and_never_on_disk() -> None:
+    assembler = Assembler()
+    snapshot = _snapshot({}, 1)
+    snapshot.members.extend(["a", "b"])
+    _apply(assembler, _pieces(snapshot, []))
+    assert assembler.table.members == ("a", "b")
+    assembler.apply(pb.TableUpdate(table_id="t", revision_number=2, complete=True))
+    assert assembler.table.members == ("a", "b")
+    # Members come and go without a change of routes.
+    assembler.apply(pb.TableUpdate(table_id="t", revision_number=2, complete=True, members=["b"]))
+    assert assembler.table.members == ("b",)
+    assert load(dump(assembler.table)).members == ()
+    _apply(assembler, _pieces(_snapshot({}, 3), []))
+    assert assembler.table.members == ()
+
+
 def test_a_port_may_move_between_endpoints_in_one_update() -> None:
     assembler = Assembler()
     _apply(assembler, _pieces(_snapshot({1: 0}, 1), []))

@@ -271,7 +271,7 @@ def test_a_plot_scales_to_its_highest_and_marks_thresholds() -> None:
     # Half of eight fills two of four rows, and the dots of the threshold stand where nothing else does.
     assert lines[1].count("█") == 6 and lines[3].count("█") == 12 and lines[2].count("·") == 13
     assert lines[4].endswith("█") and plot("t", [], width=30)[0] == "t"
-    assert plot("t", [None, 0.0, None], width=30, height=1)[1].strip() == "0 │"
+    assert plot("t", [None, 0.0, None], width=30, height=1)[1].strip() == "1 │"
 
 
 @given(st.lists(st.none() | st.floats(), max_size=60), st.integers(1, 80))

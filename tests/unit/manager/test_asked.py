@@ -83,7 +83,7 @@ def test_good_targets(target: str, normal: str) -> None:
 @pytest.mark.parametrize(
     "target",
     ["", "models", "/", "/home", "/home/work", "/home/work/", "/etc", "/etc/ssl", "/usr", "/proc/1", "/sys/x",
-     "/dev/shm", "/a/../b", "/a:b", "/a\nb", "/tmp", "/var", "/lib/x", "/run/x"],
+     "/dev/shm", "/a/../b", "/a:b", "/a\nb", "/tmp", "/var", "/lib/x", "/run/x", "/usr/bin", "/usr/lib/x"],
 )  # fmt: skip
 def test_bad_targets(target: str) -> None:
     violations: list[Violation] = []

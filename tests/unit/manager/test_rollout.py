@@ -233,6 +233,29 @@ def test_a_canary_of_one_replica_keeps_the_old_one() -> None:
     assert world.weights() == {}
 
 
+def test_a_canary_that_is_taken_back_gets_no_more_than_it_had() -> None:
+    world = begun(CANARY, desired=2)
+    world.live()
+    assert (len(world.of(1)), len(world.of(2))) == (1, 1)
+    world.endpoint = replace(world.endpoint, revision=1)
+    world.run()
+    # Its replica still helps out until the stable revision has its second one again.
+    assert world.serving() == 2
+    assert world.weights() == {1: 90, 2: 10}
+    world.live()
+    world.live()
+    assert (len(world.of(1)), len(world.of(2))) == (2, 0)
+    assert world.weights() == {}
+
+
+def test_beyond_the_steps_replicas_are_taken_back_alike() -> None:
+    assert rollout.pools_back(CANARY, {1: 4, 2: 6}, wanted=1, desired=10) == {}
+    assert rollout.pools_back(CANARY, {1: 5, 2: 5}, wanted=1, desired=10) == {1: 50, 2: 50}
+    assert rollout.pools_back(CANARY, {1: 8, 2: 2}, wanted=1, desired=10) == {1: 80, 2: 20}
+    assert rollout.pools_back(CANARY, {2: 1}, wanted=1, desired=10) == {}
+    assert rollout.pools_back(BLUE_GREEN, {1: 1, 2: 1}, wanted=1, desired=10) == {}
+
+
 def test_an_update_during_a_rollout_begins_anew() -> None:
     world = begun(CANARY, desired=2)
     world.live()

@@ -9,8 +9,12 @@ from typing import Any
 from dure.agent.backends.base import Ended
 from dure.agent.log_files import last_lines
 
-# What shells say of a command that they could not run.
-_SHELL_CODES = {126: " (to a shell: not executable)", 127: " (to a shell: command not found)"}
+# What shells say of a command that they could not run, and what a daemon leaves behind.
+_CODES = {
+    0: " (a service runs until it is stopped: keep it in the foreground)",
+    126: " (to a shell: not executable)",
+    127: " (to a shell: command not found)",
+}
 
 
 def read(record: dict[str, Any]) -> Ended:
@@ -29,7 +33,7 @@ def read(record: dict[str, Any]) -> Ended:
         return Ended("START_FAILED", code, message, by_wish)
     if number:
         return Ended("SIGNALED", code, f"its main process was ended by {_name(number)}", by_wish)
-    hint = _SHELL_CODES.get(code, "")
+    hint = _CODES.get(code, "")
     return Ended("EXITED", code, f"its main process exited with code {code}{hint}", by_wish)
 
 

@@ -89,7 +89,7 @@ def lines(
     """The whole page: a sentence, the verdicts, the decisions, the metrics."""
     now = now or datetime.now(UTC)
     page = [clean(answer.summary)]
-    if rules or answer.newest.verdicts:
+    if rules:
         page += ["", "Rules"]
         page += [f"  {line}" for line in _verdicts(answer.newest.verdicts, rules).lines(color=color)]
     if answer.decisions:
@@ -110,13 +110,16 @@ def _verdicts(verdicts: Sequence[RuleVerdict], rules: Sequence[ScalingRule]) -> 
     rows = []
     for verdict in verdicts:
         item = known.get(tables.last(verdict.rule))
+        if item is None:
+            # Removed since rules were last looked at.
+            continue
         rows.append(
             [
                 tables.last(verdict.rule),
                 "yes" if verdict.fired else "no",
                 number(verdict.value),
-                condition_text(item) if item is not None else "",
-                f"{signed_step(item):+d}" if item is not None else "",
+                condition_text(item),
+                f"{signed_step(item):+d}",
                 verdict.reason,
             ]
         )

@@ -129,9 +129,9 @@ def lines(view: View, *, color: bool, rows_max: int, width: int | None = None) -
         f"{len(items)} endpoint{'' if len(items) == 1 else 's'}, {ready} replicas ready, "
         f"{figure(total)} requests/s, {len(agents)} node{'' if len(agents) == 1 else 's'}"
     )
-    # The sentence, an empty line, and two headers.
-    room = max(rows_max - 4, 2)
-    for_nodes = min(len(agents), max(NODE_ROWS_MIN, room - len(items)))
+    # The sentence, an empty line, two headers, and two lines that say how many are left out.
+    room = max(rows_max - 6, 2)
+    for_nodes = min(len(agents), max(min(NODE_ROWS_MIN, room // 2), room - len(items)))
     for_endpoints = max(room - for_nodes, 1)
     page = [head, *_cut(endpoints(ranked(items, seen), seen), for_endpoints).lines(color=color, width=width)]
     if len(items) > for_endpoints:
