@@ -21,9 +21,11 @@ $(STAMP): pyproject.toml protos/build.py $(shell find protos -name '*.proto')
 demo: install
 	$(BIN)/dure demo $(ARGS)
 
-# ARGS is passed on, as in: make test ARGS='tests/unit -k placement'
+# ARGS is passed on, as in: make test ARGS='tests/unit -k placement'. Most tests wait for real processes most of
+# the time, so more of them run side by side than there are cores.
+JOBS ?= 3
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

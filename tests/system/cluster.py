@@ -50,7 +50,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 
 def free_ports(count: int) -> int:
     """The first of so many free ports in a row. Below the range that the system gives out by itself."""
-    for first in range(10_000 + os.getpid() % 97 * 100, 20_000, count):
+    for first in range(10_000 + os.getpid() % 90 * 100, 20_000, count):
         try:
             with contextlib.ExitStack() as stack:
                 for port in range(first, first + count):
@@ -126,10 +126,11 @@ class Cluster:
 @contextlib.contextmanager
 def cluster(data_dir: Path, agents: int = 1) -> Iterator[Cluster]:
     """Stops it as Ctrl-C does, and checks that nothing of it is left."""
-    first = free_ports(22)
+    # A port of an endpoint that was deleted rests for 10 minutes: enough for all tests that share a cluster.
+    first = free_ports(102)
     command = [*DURE, "dev", "--data-dir", str(data_dir), "--agents", str(agents)]
     command += ["--manager-port", str(first), "--proxy-admin-port", str(first + 1)]
-    command += ["--proxy-ports", f"{first + 2}-{first + 21}"]
+    command += ["--proxy-ports", f"{first + 2}-{first + 101}"]
     environ = {**os.environ, "DURE_CONTEXT_FILE": str(data_dir / "context.toml")}
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "dev.log").open("wb") as log:

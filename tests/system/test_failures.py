@@ -123,6 +123,7 @@ def test_what_never_comes_up_is_blocked_with_every_error_and_mended(
     assert "dure endpoint retry exits" in endpoint["status_reason"]
     shown = dure.dure("endpoint", "get", "exits")
     assert "BLOCKED" in shown and "Errors in a row" in shown
+    dure.dure("endpoint", "wait", "exits", "--timeout", "30", code=1)
     token = dure.dure("token", "create", "exits", "--expires", "1h", "-q").strip()
     request = urllib.request.Request(
         dure.get("exits")["address"], headers={"Authorization": f"Bearer {token}"}

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from system.cluster import cluster, until
+from system.cluster import Cluster, cluster, until
 
 
 def answer(address: str, token: str = "", scheme: str = "BackendAI") -> tuple[int, str]:
@@ -70,61 +70,30 @@ def test_from_a_folder_to_an_answer_and_away_again(tmp_path: Path) -> None:
         assert "dure.v1.EndpointService" in listing.stdout
 
 
-def test_nonsense_is_answered_at_once(tmp_path: Path) -> None:
-    with cluster(tmp_path / "d") as dure:
-        dure.model()
-        bad = dure.dure(
-            *("endpoint", "create", "a b", "--model", "m", "-r", "cuda.shares=0.333", "-r", "gpu=1"), code=1
-        )
-        assert "`a b` is not a name" in bad
-        assert "0.33 and 0.34" in bad
-        assert "unknown slot `gpu`" in bad
-        assert "nowhere" in dure.dure("endpoint", "create", "x", "--model", "nowhere", code=3)
-        dure.model("broken", "models:\n- name: x\n  model_path: /models\n  service: {start_comand: y}\n")
-        broken = dure.dure("endpoint", "create", "x", "--model", "broken", code=1)
-        assert "model-definition.yaml:4" in broken
-        assert "did you mean `start_command`" in broken
-        assert "port" in broken
+def test_nonsense_is_answered_at_once(dure: Cluster) -> None:
+    dure.model("plain")
+    bad = dure.dure(
+        *("endpoint", "create", "a b", "--model", "plain", "-r", "cuda.shares=0.333", "-r", "gpu=1"), code=1
+    )
+    assert "`a b` is not a name" in bad
+    assert "0.33 and 0.34" in bad
+    assert "unknown slot `gpu`" in bad
+    assert "nowhere" in dure.dure("endpoint", "create", "x", "--model", "nowhere", code=3)
+    dure.model("broken", "models:\n- name: x\n  model_path: /models\n  service: {start_comand: y}\n")
+    broken = dure.dure("endpoint", "create", "x", "--model", "broken", code=1)
+    assert "model-definition.yaml:4" in broken
+    assert "did you mean `start_command`" in broken
+    assert "port" in broken
 
-        dure.dure("endpoint", "create", "big", "--model", "m", "-r", "cuda.shares=64", "-r", "cpu=900")
-        reason = until(
-            lambda: (found := dure.get("big"))["status"] == "PENDING" and found["status_reason"],
-            10,
-            "PENDING",
-        )
-        assert "agent-1" in reason
-        assert "64.00 wanted" in reason
-        dure.dure("endpoint", "create", "big", "--model", "m", code=5)
-        dure.dure("endpoint", "wait", "big", "--timeout", "1", code=6)
-        dure.dure("folder", "delete", "m", code=5)
-        dure.dure("endpoint", "delete", "big", "--wait")
-
-        failing = HELLO_FAILS
-        dure.model("failing", failing)
-        slots = ("-r", "cpu=0.1", "-r", "mem=64m")
-        dure.dure("endpoint", "create", "f", "--model", "failing", "--replicas", "1", *slots)
-        blocked = until(
-            lambda: (found := dure.get("f"))["status"] == "BLOCKED" and found,
-            60,
-            "BLOCKED after five failures",
-        )
-        assert len(blocked["errors"]) == 5
-        assert "it cannot work" in blocked["errors"][0]
-        dure.dure("endpoint", "wait", "f", "--timeout", "30", code=1)
-        source = tmp_path / "d" / "source-failing"
-        (source / "model-definition.yaml").write_text(failing.replace("fail.py", "server.py"))
-        dure.dure("folder", "upload", "failing", str(source))
-        dure.dure("endpoint", "retry", "f")
-        dure.dure("endpoint", "wait", "f", "--timeout", "30")
-        assert dure.get("f")["revision"] == 2
-
-
-HELLO_FAILS = """
-models:
-  - name: failing
-    model_path: /models
-    service:
-      start_command: "echo it cannot work; exec python fail.py {port}"
-      port: 8000
-      health_check: {path: /health, interval: 0.3, initial_delay: 0}
-"""
+    dure.dure("endpoint", "create", "big", "--model", "plain", "-r", "cuda.shares=64", "-r", "cpu=900")
+    reason = until(
+        lambda: (found := dure.get("big"))["status"] == "PENDING" and found["status_reason"],
+        10,
+        "PENDING",
+    )
+    assert "agent-1" in reason
+    assert "64.00 wanted" in reason
+    dure.dure("endpoint", "create", "big", "--model", "plain", code=5)
+    dure.dure("endpoint", "wait", "big", "--timeout", "1", code=6)
+    dure.dure("folder", "delete", "plain", code=5)
+    dure.dure("endpoint", "delete", "big", "--wait")

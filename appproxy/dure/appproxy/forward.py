@@ -139,6 +139,8 @@ class Forwarder:
                 self._live.unmatched += 1
             else:
                 endpoint.meter.in_flight -= 1
+                if exchange is not None and exchange.tried.let_go:
+                    self._live.pass_on(endpoint, exchange.tried)
                 if refused is None:
                     endpoint.meter.finished(status, self._clock() - began_s)
                 else:
@@ -244,6 +246,8 @@ class Forwarder:
         """
         address = (replica.target.host, replica.target.port)
         connection = await self._pool.acquire(address, safe=idempotent and not exchange.upgrade)
+        if exchange.tried.let_go:
+            self._live.pass_on(exchange.endpoint, exchange.tried)
         if not connection.reused:
             self._live.connected(exchange.endpoint, replica)
         exchange.replica_uid = replica.target.replica_uid

@@ -11,10 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-HELD_PER_ENDPOINT_MAX = 1_000
+HELD_PER_ENDPOINT = 8_000
 HELD_BYTES_PER_ENDPOINT_MAX = 100 * 1024 * 1024
 HELD_MAX = 10_000
 HELD_BYTES_MAX = 256 * 1024 * 1024
+# So many of an endpoint's requests are on their way to a replica at once: a thousand connections in one
+# moment are more than the queue of a listening socket takes, and most would be refused or dropped.
+AT_ONCE_MAX = 16
 
 
 class Full(Exception):
@@ -27,12 +30,14 @@ class _Line:
 
     waiters: OrderedDict[int, asyncio.Future[None]] = field(default_factory=OrderedDict)
     size_bytes: int = 0
+    free: bool = False
 
 
 class Holding:
-    """Holds requests by endpoint. `on_first` is called when the first of an endpoint is held."""
+    """Holds requests, `per_endpoint` at most; `on_first` is called when the first of an endpoint is held."""
 
-    def __init__(self) -> None:
+    def __init__(self, per_endpoint: int = HELD_PER_ENDPOINT) -> None:
+        self._per_endpoint = per_endpoint
         self.on_first: list[Callable[[], None]] = []
         self._lines: dict[str, _Line] = {}
         self._count = 0
@@ -44,12 +49,15 @@ class Holding:
         return {uid: len(line.waiters) for uid, line in self._lines.items()}
 
     async def wait(self, endpoint_uid: str, size_bytes: int) -> None:
-        """Returns once `free` was called for the endpoint; set a time limit. Raises Full."""
+        """Returns when it may go on; then call `pass_on` once, at the latest when it ends. Raises Full.
+
+        Set a time limit.
+        """
         line = self._lines.get(endpoint_uid)
         if self._count >= HELD_MAX or self._size_bytes + size_bytes > HELD_BYTES_MAX:
             raise Full
         if line is not None and (
-            len(line.waiters) >= HELD_PER_ENDPOINT_MAX
+            len(line.waiters) >= self._per_endpoint
             or line.size_bytes + size_bytes > HELD_BYTES_PER_ENDPOINT_MAX
         ):
             raise Full
@@ -67,6 +75,11 @@ class Holding:
                 callback()
         try:
             await waiter
+        except asyncio.CancelledError:
+            # Let go in the very moment in which its client left.
+            if waiter.done() and not waiter.cancelled():
+                self.pass_on(endpoint_uid)
+            raise
         finally:
             self._count -= 1
             self._size_bytes -= size_bytes
@@ -76,8 +89,26 @@ class Holding:
                 del self._lines[endpoint_uid]
 
     def free(self, endpoint_uid: str) -> None:
-        """Lets all go on that wait for an endpoint, oldest first. They look again at what there is."""
-        line = self._lines.pop(endpoint_uid, None)
-        for waiter in line.waiters.values() if line is not None else ():
+        """Lets those go on that wait for an endpoint, oldest first: a few, then one for each `pass_on`."""
+        line = self._lines.get(endpoint_uid)
+        if line is None or line.free:
+            return
+        line.free = True
+        for _ in range(AT_ONCE_MAX):
+            self.pass_on(endpoint_uid)
+
+    def keep(self, endpoint_uid: str) -> None:
+        """Those who still wait for an endpoint wait until it is freed again."""
+        line = self._lines.get(endpoint_uid)
+        if line is not None:
+            line.free = False
+
+    def pass_on(self, endpoint_uid: str) -> None:
+        """One that was let go has reached a replica, or given up: the next may go."""
+        line = self._lines.get(endpoint_uid)
+        if line is None or not line.free:
+            return
+        for waiter in line.waiters.values():
             if not waiter.done():
                 waiter.set_result(None)
+                return

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from dure.appproxy.admission import Refusal, TokenCheck, WaitingLine, refusal, unavailable
 from dure.appproxy.balance import Balancer, NoReplica, Replica
-from dure.appproxy.holding import Full, Holding
+from dure.appproxy.holding import HELD_PER_ENDPOINT, Full, Holding
 from dure.appproxy.meter import EndpointMeter
 from dure.appproxy.table import EMPTY, Route, Table
 from dure.routing.v1 import routing_pb2 as pb
@@ -30,6 +30,7 @@ class Limits:
     """What one request, endpoint or replica may take."""
 
     queue_size: int = 1000
+    held_requests: int = HELD_PER_ENDPOINT
     queue_wait_s: float = 30.0
     requests_per_replica: int = 1024
     first_byte_timeout_s: float = 600.0
@@ -41,13 +42,15 @@ class Limits:
 class Tries:
     """What a request has tried in vain: replicas by uid, and the pool of the last of them.
 
-    `size_bytes` is what is kept of the request while it is held, `held_until_s` when that ends.
+    `size_bytes` is what is kept of the request while it is held, `held_until_s` when that ends; `let_go`
+    that it was held, and that those behind it wait for it to pass on.
     """
 
     replicas: set[str] = field(default_factory=set)
     pool: int | None = None
     size_bytes: int = 0
     held_until_s: float | None = None
+    let_go: bool = False
 
     def add(self, replica: Replica) -> None:
         self.replicas.add(replica.target.replica_uid)
@@ -99,7 +102,7 @@ class Live:
         self.endpoints: dict[str, Endpoint] = {}
         self.unmatched = 0
         self.active = 0
-        self.holding = Holding()
+        self.holding = Holding(self.limits.held_requests)
         self.on_gone: list[Callable[[Replica], None]] = []
         self.on_table: list[Callable[[], None]] = []
         self.on_drained: list[Callable[[], None]] = []
@@ -139,7 +142,9 @@ class Live:
                 and not endpoint.balancer.serving()
             )
             self._hand_over(endpoint)
-            if not endpoint.holds:
+            if endpoint.holds:
+                self.holding.keep(uid)
+            else:
                 self.holding.free(uid)
         changed, self._table_changed = self._table_changed, asyncio.Event()
         changed.set()
@@ -182,7 +187,10 @@ class Live:
             try:
                 async with asyncio.timeout_at(tried.held_until_s):
                     await self.holding.wait(endpoint.route.endpoint_uid, tried.size_bytes)
+                tried.let_go = True
             except TimeoutError:
+                if not endpoint.holds:
+                    raise Refused(refusal("queue_timeout")) from None
                 message = f"no replica has started within the {hold_s:g} s that this request has waited"
                 raise Refused(refusal("starting", message)) from None
             except Full:
@@ -191,6 +199,11 @@ class Live:
                 endpoint.meter.held -= 1
         if self.endpoints.get(endpoint.route.endpoint_uid) is not endpoint:
             raise Refused(refusal("no_such_endpoint"))
+
+    def pass_on(self, endpoint: Endpoint, tried: Tries) -> None:
+        """A request that was held has reached a replica, or ended."""
+        tried.let_go = False
+        self.holding.pass_on(endpoint.route.endpoint_uid)
 
     async def _lease(self, endpoint: Endpoint, tried: Tries) -> Replica:
         if not len(endpoint.line):

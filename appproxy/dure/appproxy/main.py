@@ -120,6 +120,12 @@ _seconds = click.FloatRange(min=0.001, max=86_400)
 @click.option("--admin-bind", default="127.0.0.1", callback=_address)
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=7099, help="0: any free.")
 @click.option("--queue-size", type=click.IntRange(0, 100_000), default=_DEFAULTS.queue_size)
+@click.option(
+    "--held-requests",
+    type=click.IntRange(1, 100_000),
+    default=_DEFAULTS.held_requests,
+    help="Most requests that wait for an endpoint at zero.",
+)
 @click.option("--queue-wait-s", type=_seconds, default=_DEFAULTS.queue_wait_s)
 @click.option(
     "--requests-per-replica",
@@ -195,6 +201,7 @@ def _settings(options: dict[str, Any], name: str, home: Path) -> Settings:
         stop_signals=(signal.SIGTERM, signal.SIGINT),
         limits=Limits(
             queue_size=options["queue_size"],
+            held_requests=options["held_requests"],
             queue_wait_s=options["queue_wait_s"],
             requests_per_replica=options["requests_per_replica"],
             first_byte_timeout_s=options["first_byte_timeout_s"],

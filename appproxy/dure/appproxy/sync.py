@@ -39,6 +39,8 @@ _REPORT_PAUSE_S = 0.01
 _JOIN_TIMEOUT_S = 5.0
 _RECONNECT_FIRST_S = 0.2
 _RECONNECT_MAX_S = 1.0
+# Of more, the rest is named as soon as the first ones have been woken.
+_HELD_REPORTED_MAX = 5_000
 _UNAVAILABLE_PORTS_MAX = 10_000
 # Small tables change in bursts: a burst is one write.
 _WRITE_PAUSE_S = 0.05
@@ -249,7 +251,7 @@ class Sync:
             self._report_now.clear()
             if tick:
                 measure_s = max(measure_s + MEASURE_S, now_s)
-            held = list(self._live.holding.held())
+            held = list(self._live.holding.held())[:_HELD_REPORTED_MAX]
             measured = self._take(now_s) if tick else []
             if news or measured or held or now_s - told_s >= REPORT_S:
                 await self._report(call, held, measured)

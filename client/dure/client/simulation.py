@@ -155,11 +155,12 @@ def _samples(
     rules: Sequence[Rule], series: Mapping[Key, Series], now_ms: int
 ) -> dict[tuple[Source, str, int], Sample]:
     samples = {}
-    for rule in rules:
-        found = series.get((rule.source, rule.metric))
-        over = found.over(now_ms, rule.window_ms) if found is not None else None
+    # Rules often share a metric: an average over an hour is taken once.
+    for source, metric, window_ms in {(rule.source, rule.metric, rule.window_ms) for rule in rules}:
+        found = series.get((source, metric))
+        over = found.over(now_ms, window_ms) if found is not None else None
         if over is not None:
-            samples[rule.source, rule.metric, rule.window_ms] = Sample(*over, STALE_AFTER_MS[rule.source])
+            samples[source, metric, window_ms] = Sample(*over, STALE_AFTER_MS[source])
     return samples
 
 

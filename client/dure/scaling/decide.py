@@ -86,7 +86,7 @@ def _judge(rule: Rule, samples: Samples, situation: Situation) -> tuple[int, Ver
     if missing:
         return no(missing)
     if situation.proxies_away and rule.source is Source.PROXY and rule.step < 0:
-        return no("a proxy is away, and with it what it saw")
+        return no("a proxy is away or not back yet, and with it what it saw")
     assert value is not None
     condition = f"{rule.metric} is {value:g}, {'' if _holds(rule, value) else 'not '}{_wanted(rule)}"
     if not _holds(rule, value):

@@ -72,6 +72,9 @@ class _Replica:
         if name in self.newest.gauges:
             value = self.newest.gauges[name]
             return value if math.isfinite(value) else None
+        if name not in self.newest.counters:
+            # Counters are known by their family's name, too.
+            name = f"{name}_total"
         if self.before is None or name not in self.newest.counters or name not in self.before.counters:
             return None
         first = (self.before.at_ms, self.before.counters[name])

@@ -96,20 +96,13 @@ def _step(rule: ScalingRule, wrong: Any) -> int:
         wrong("step_size", "must not be 0")
     if abs(step) > REPLICAS_MAX:
         wrong("step_size", f"found {step}, expected at most {REPLICAS_MAX}")
-    if rule.type == scaling_pb2.SCALING_TYPE_SCALE_DOWN:
-        return -abs(step)
-    return step
+    return -abs(step) if rule.type == scaling_pb2.SCALING_TYPE_SCALE_DOWN else step
 
 
 def merged(current: ScalingRule, wanted: ScalingRule, paths: Sequence[str]) -> ScalingRule:
     """`current` with the fields of `wanted` that the mask names."""
     result = ScalingRule()
     result.CopyFrom(current)
-    if "step_size" in paths and "type" not in paths and wanted.step_size > 0:
-        # The sign of a new step counts only against the direction that the rule has.
-        wanted_type = current.type
-    else:
-        wanted_type = wanted.type if "type" in paths else scaling_pb2.SCALING_TYPE_UNSPECIFIED
     for path in paths:
         result.ClearField(path)  # type: ignore[arg-type]
         field = wanted.DESCRIPTOR.fields_by_name[path]
@@ -118,9 +111,9 @@ def merged(current: ScalingRule, wanted: ScalingRule, paths: Sequence[str]) -> S
                 getattr(result, path).CopyFrom(getattr(wanted, path))
         elif not field.has_presence or wanted.HasField(path):  # type: ignore[arg-type]
             setattr(result, path, getattr(wanted, path))
-    if "step_size" in paths or "type" in paths:
-        result.type = wanted_type
-        result.step_size = abs(result.step_size) if "type" in paths else result.step_size
+    if "step_size" in paths and "type" not in paths and wanted.step_size < 0:
+        # As in a new rule, a negative step means down; a positive one keeps the direction that there is.
+        result.type = scaling_pb2.SCALING_TYPE_SCALE_DOWN
     return result
 
 

@@ -228,9 +228,12 @@ def test_the_body_is_read_only_when_the_replica_is_there(tmp_path: Path) -> None
     run(test)
 
 
+HELD = 200
+
+
 def test_beyond_the_room_requests_are_refused_at_once(tmp_path: Path) -> None:
     async def test() -> None:
-        async with bench(tmp_path) as b, replica(_ok) as port:
+        async with bench(tmp_path, held_requests=HELD) as b, replica(_ok) as port:
             await b.serves(_idle("e", b.port), _idle("f", b.ports[1]))
             connector = aiohttp.TCPConnector(limit=0)
             async with aiohttp.ClientSession(connector=connector) as http:
@@ -242,14 +245,14 @@ def test_beyond_the_room_requests_are_refused_at_once(tmp_path: Path) -> None:
                             assert int(response.headers["Retry-After"]) > 0
                         return response.status
 
-                requests = [asyncio.create_task(get()) for _ in range(holding.HELD_PER_ENDPOINT_MAX + 5)]
+                requests = [asyncio.create_task(get()) for _ in range(HELD + 5)]
                 await b.reaches("dure_proxy_refusals_total", 5)
                 # Another endpoint's room is not that one's.
                 other = asyncio.create_task(_get(b, url=f"http://127.0.0.1:{b.ports[1]}"))
-                await b.reaches("dure_proxy_held_requests", holding.HELD_PER_ENDPOINT_MAX + 1)
+                await b.reaches("dure_proxy_held_requests", HELD + 1)
                 await b.manager.set(route("e", b.port, port), route("f", b.ports[1], port))
                 statuses = await asyncio.gather(*requests)
-                assert sorted(statuses) == [200] * holding.HELD_PER_ENDPOINT_MAX + [503] * 5
+                assert sorted(statuses) == [200] * HELD + [503] * 5
                 assert (await other)[0] == 200
 
     run(test)
@@ -269,7 +272,24 @@ def test_large_heads_fill_the_room_too(tmp_path: Path) -> None:
         with pytest.raises(holding.Full):
             await room.wait("h", 1)
         room.free("f")
-        await asyncio.gather(*waits[100:200])
+        await until(lambda: room.held().get("f") == 100 - holding.AT_ONCE_MAX)
+        # One that goes takes one along; one whose client leaves as it is let go does so too.
+        room.pass_on("f")
+        await until(lambda: room.held().get("f") == 99 - holding.AT_ONCE_MAX)
+        room.pass_on("f")
+        waits[100 + holding.AT_ONCE_MAX + 1].cancel()
+        await until(lambda: room.held().get("f") == 97 - holding.AT_ONCE_MAX)
+        # At zero again, those left wait on; freed once more, all can go.
+        room.keep("f")
+        room.pass_on("f")
+        await asyncio.sleep(0)
+        assert room.held().get("f") == 97 - holding.AT_ONCE_MAX
+        room.free("f")
+        while room.held().get("f"):
+            room.pass_on("f")
+            await asyncio.sleep(0)
+        done = await asyncio.gather(*waits[100:200], return_exceptions=True)
+        assert sum(isinstance(result, asyncio.CancelledError) for result in done) == 1
         again = asyncio.create_task(room.wait("h", 1))
         await until(lambda: room.held().get("h") == 1)
         for wait in (*waits, again):

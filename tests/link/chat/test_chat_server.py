@@ -56,7 +56,6 @@ def text(chunks: list[Chunk]) -> str:
         FakeModel(refuses_fields=("stream_options", "stream", "max_tokens")),
         FakeModel(token="sk-secret"),
     ],
-    ids=repr,
 )
 def test_answers_come_whole(model: FakeModel) -> None:
     async def body(server: ChatServer) -> None:
@@ -148,7 +147,6 @@ def test_the_version_is_found_without_a_list_of_models() -> None:
         (FakeModel(models=["other"]), "CHAT_NO_SUCH_MODEL", "`tiny` does not exist"),
         (FakeModel(prefix="/somewhere"), "CHAT_NOT_COMPATIBLE", "answers 404"),
     ],
-    ids=repr,
 )
 def test_refusals_are_told_in_a_sentence(model: FakeModel, reason: str, says: str) -> None:
     async def body(server: ChatServer) -> None:
@@ -213,7 +211,6 @@ def test_leaving_early_ends_the_request() -> None:
         (FakeModel(status=405), "CHAT_NO_MODELS"),
         (FakeModel(token="sk", status=401), "CHAT_TOKEN"),
     ],
-    ids=repr,
 )
 def test_no_list_of_models(model: FakeModel, reason: str) -> None:
     async def body(server: ChatServer) -> None:

@@ -103,6 +103,18 @@ async def raw(manager: Manager) -> AsyncIterator[tuple[grpc.aio.Channel, Any]]:
         yield channel, bearer(manager.key)
 
 
+async def refusal(channel: grpc.aio.Channel, path: str, metadata: Any) -> str:
+    """The status that a call without a message of sense ends with."""
+    while True:
+        call = channel.stream_stream(path)(iter([b""]), metadata=metadata, timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+        # gRPC's client stumbles over an end that comes before it has sent: that is no answer.
+        if "execute_batch" not in str(caught.value.debug_error_string()):
+            return caught.value.code().name
+
+
 def test_every_method_needs_a_key(tmp_path: Path) -> None:
     async def body(manager: Manager, client: Client) -> None:
         async with open_channel(manager.address) as channel:
@@ -111,11 +123,7 @@ def test_every_method_needs_a_key(tmp_path: Path) -> None:
                     for method in descriptor.methods:
                         for metadata in ((), bearer("dure_key_wrong")):
                             path = f"/{descriptor.full_name}/{method.name}"
-                            call = channel.stream_stream(path)(iter([b""]), metadata=metadata, timeout=10)
-                            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                                async for _ in call:
-                                    pass
-                            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, path
+                            assert await refusal(channel, path, metadata) == "UNAUTHENTICATED", path
 
     with_manager(tmp_path, body)
 

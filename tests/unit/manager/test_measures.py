@@ -103,6 +103,9 @@ def test_scraped_gauges_rates_and_quantiles() -> None:
         world.now_ms += 2_000
     assert world.value(source, "waiting") == 6.0
     assert world.value(source, "done_total") == 50.0
+    world.want(source, "done")
+    assert world.value(source, "done") == 50.0
+    world.measures.want("e", [(source, name, 0) for name in names])
     assert world.value(source, "wait_seconds:p95") == pytest.approx(0.975)
     known = {name for found, name, _, _ in world.measures.known("e") if found is source}
     assert known == {"waiting", "done_total", "wait_seconds:p50", "wait_seconds:p95", "wait_seconds:p99"}

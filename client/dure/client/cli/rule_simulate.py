@@ -48,7 +48,9 @@ async def simulate_(shell: Shell, file: Path, rules_of: str | None, no_plot: boo
     click.echo(summary(scenario, outcome))
     for verdict in outcome.newest.verdicts:
         click.echo(f"  {verdict.rule}: {clean(verdict.reason)}")
-    if not no_plot and not shell.quiet:
+    # Its blocks cannot be written in every encoding.
+    blocks = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    if blocks and not no_plot and not shell.quiet:
         width = min(shutil.get_terminal_size().columns, WIDTH_MAX)
         for line in drawing(scenario, outcome, width):
             click.echo(line)
