@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import forwarding, measuring, readiness, scaling, waking
+from bench import forwarding, llama, measuring, readiness, scaling, stepload, waking
 
 BENCHMARKS = {
     "readiness": readiness.main,
@@ -12,6 +12,8 @@ BENCHMARKS = {
     "measuring": measuring.main,
     "scaling": scaling.main,
     "waking": waking.main,
+    "stepload": stepload.main,
+    "llama": llama.main,
 }
 
 
