@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from bench import forwarding, llama, measuring, readiness, scaling, stepload, waking
+from bench import firing, forwarding, llama, measuring, readiness, scaling, stepload, waking
 
 BENCHMARKS = {
     "readiness": readiness.main,
     "forwarding": forwarding.main,
     "measuring": measuring.main,
     "scaling": scaling.main,
+    "firing": firing.main,
     "waking": waking.main,
     "stepload": stepload.main,
     "llama": llama.main,
