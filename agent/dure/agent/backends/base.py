@@ -3,9 +3,6 @@
 A back end keeps what it needs to find a kernel again in the kernel's own folder, so that an agent that
 was killed can adopt: a handle is that folder and the uid. Entry points of the group
 `dure.agent.backends` name classes that take the agent's own folder.
-
-A kernel may be contained: it runs in an image, with a file system and, unless its session spans nodes, a
-network of its own. Then it binds the port that is declared, and the back end tells where that is reached.
 """
 
 from __future__ import annotations
@@ -49,37 +46,6 @@ class ClusterFiles:
 
 
 @dataclass(frozen=True)
-class ContainerOptions:
-    """What an agent was told of containers: the words of its options."""
-
-    pull_policy: str = "if-not-present"
-    profile: str = "default"
-
-
-@dataclass(frozen=True)
-class Container:
-    """What a contained kernel has beside. `host` is the address at which its port is published; `devices`
-    are those granted, as (accelerator, id). `addresses` are those of `names`, all kernels of its session,
-    empty for a session of one, and all the same for a session on one node."""
-
-    image: str
-    options: ContainerOptions
-    agent: str
-    session_uid: str
-    generation: int
-    host: str
-    hostname: str
-    names: tuple[str, ...] = ()
-    addresses: tuple[str, ...] = ()
-    devices: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def shares_network(self) -> bool:
-        """Whether it has the node's network: its session is on several."""
-        return len(set(self.addresses)) > 1
-
-
-@dataclass(frozen=True)
 class Plan:
     """What to run. `model` is a real folder; `model_target` is where the kernel should see it. Neither
     `argv` nor `shell`: the image's own command."""
@@ -102,8 +68,6 @@ class Plan:
     shared_memory_bytes: int = 0
     # None for a session of one.
     cluster: ClusterFiles | None = None
-    # For a back end that contains.
-    container: Container | None = None
 
 
 @dataclass(frozen=True)
@@ -118,14 +82,12 @@ class Ended:
 
 @dataclass(frozen=True)
 class Observation:
-    """What is seen of a kernel. `started_at_s` is CLOCK_BOOTTIME at the start of its command, 0 before;
-    `port` is where the node publishes its port, 0 where it binds the one that it was given."""
+    """What is seen of a kernel. `started_at_s` is CLOCK_BOOTTIME at the start of its command, 0 before."""
 
     pid: int = 0
     started_at_s: float = 0.0
     message: str = ""
     ended: Ended | None = None
-    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,8 +111,6 @@ class Backend(Protocol):
     """Runs kernels. Every verb may be called again after a crash at any point of it."""
 
     name: str
-    # Whether its kernels are contained.
-    contains: bool
 
     def model_place(self, model: Path | None, target: str) -> str:
         """Where a kernel will see the model folder `model` that should appear at `target`."""

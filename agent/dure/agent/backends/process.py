@@ -50,7 +50,6 @@ class ProcessBackend:
     """See `base.Backend`. `home` is the agent's own folder."""
 
     name = "process"
-    contains = False
 
     def __init__(self, home: Path) -> None:
         self._home = home
