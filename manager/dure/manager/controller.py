@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from sqlalchemy import select
 
 from dure.manager import replicas as decisions
-from dure.manager import schema, views
+from dure.manager import routed, schema, views
 from dure.manager.addresses import assign_address
 from dure.manager.fleet import Fleet
 from dure.manager.hub import APPLY_WAIT_MS, Hub
@@ -29,7 +29,7 @@ from dure.manager.model import (
     ReplicaView,
 )
 from dure.manager.retention import prune
-from dure.manager.round import Round, current_route
+from dure.manager.round import Round
 from dure.manager.store import Key, Store, Tx, now_ms
 from dure.wire.backoff import backoff_s
 from dure.wire.prometheus import Histogram
@@ -61,6 +61,10 @@ class Controller:
         self._waiting: dict[str, tuple[int, int]] = {}
         # Endpoints that go on once the proxies have taken up a route, or let go of a replica.
         self._on_proxies: set[str] = set()
+        # An address depends on what the proxies offer: how often that has changed, and as of which change
+        # each endpoint was given its address.
+        self._offers = 0
+        self._addressed: dict[str, int] = {}
         self._running: str | None = None
         # For /metrics: how long runs took, failed ones included, and how many failed.
         self.runs = Histogram()
@@ -94,6 +98,7 @@ class Controller:
                 self._wake_waiting()
             elif kind == "proxy":
                 # A group's addresses may have changed.
+                self._offers += 1
                 self._resync_now.set()
 
     def _wake_waiting(self) -> None:
@@ -119,7 +124,7 @@ class Controller:
                     continue
                 replicas, kernels = await views.living(session, row.uid)
                 shown = [views.replica_view(r, kernels.get(r.uid, ()), {}) for r in replicas]
-                self._hub.put(await current_route(session, row, shown))
+                self._hub.put(routed.route(row, shown, await routed.facts(session, row)))
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -203,10 +208,12 @@ class Controller:
                 if row is None or row.deleted_ms is not None:
                     self._forget(uid)
                     return
-                if not row.validation:
+                offers = self._offers
+                if not row.validation and (not row.address or self._addressed.get(uid) != offers):
                     await assign_address(tx, row)
+                facts = await routed.facts(tx.session, row)
                 for _ in range(ROUNDS_MAX):
-                    run = Round(tx, row, self._fleet, self._hub)
+                    run = Round(tx, row, facts, self._fleet, self._hub)
                     await run.load()
                     plan = run.decide()
                     await run.apply(plan)
@@ -215,7 +222,7 @@ class Controller:
                 else:
                     plan.look_at(now_ms())
                 self._set_status(tx, row, plan, run.shown)
-                route = await current_route(tx.session, row, run.shown)
+                route = routed.route(row, run.shown, facts)
         finally:
             self._running = None
         # Published only now: a route must never be ahead of the store.
@@ -231,6 +238,7 @@ class Controller:
             if plan.look_again_ms is not None:
                 self.wake_at(uid, plan.look_again_ms)
             return
+        self._addressed[uid] = offers
         self._hub.put(route)
         self._measures.compose(
             uid,
@@ -252,6 +260,7 @@ class Controller:
     def _forget(self, uid: str) -> None:
         self._hub.remove(uid)
         self._waiting.pop(uid, None)
+        self._addressed.pop(uid, None)
         self._on_proxies.discard(uid)
 
     def _set_status(

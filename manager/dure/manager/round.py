@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import time
 
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from dure.manager import placing, rollout, routes, schema, views
+from dure.manager import placing, rollout, routed, schema, views
 from dure.manager import replicas as decisions
 from dure.manager.addresses import release_address
 from dure.manager.fleet import Fleet
 from dure.manager.hub import Hub
 from dure.manager.model import (
     ENDED,
-    EndpointStatus,
     KernelPhase,
     ReplicaStatus,
     ReplicaView,
@@ -22,22 +18,19 @@ from dure.manager.model import (
     Surroundings,
 )
 from dure.manager.placement import Node, Placed, fuller, place
+from dure.manager.routed import Facts
 from dure.manager.store import Tx, new_uid, now_ms
-from dure.routing.v1 import routing_pb2
-from dure.scaling.values import Source
 
 ERRORS_KEPT = 10
-METRICS_PATH = "/metrics"
-SCRAPE_RULE_MS, SCRAPE_MS = 1_000, 10_000
-CLOCK_SKEW_MAX_MS = 5 * 60 * 1000
 
 
 class Round:
     """One round for one endpoint, inside a transaction."""
 
-    def __init__(self, tx: Tx, row: schema.Endpoint, fleet: Fleet, hub: Hub) -> None:
+    def __init__(self, tx: Tx, row: schema.Endpoint, facts: Facts, fleet: Fleet, hub: Hub) -> None:
         self.tx = tx
         self.row = row
+        self.facts = facts
         self.fleet = fleet
         self.hub = hub
         self.changed = False
@@ -50,10 +43,9 @@ class Round:
         rows, self.kernels = await views.living(session, self.row.uid)
         self.rows = {row.uid: row for row in rows}
         agents = {kernel.agent_uid for kernels in self.kernels.values() for kernel in kernels}
-        agent_names = await views.agent_names(session, agents)
-        self.emptying = await views.draining_agents(session, agents)
+        agent_names, self.emptying = await views.agents(session, agents)
         self.shown = [views.replica_view(row, self.kernels.get(row.uid, ()), agent_names) for row in rows]
-        self.route = await current_route(session, self.row, self.shown)
+        self.route = routed.route(self.row, self.shown, self.facts)
 
     def decide(self) -> decisions.Plan:
         given_up = self.fleet.given_up()
@@ -259,53 +251,3 @@ class Round:
     def _mark(self) -> None:
         self.changed = True
         self.tx.touch("endpoint", self.row.uid)
-
-
-async def current_route(
-    session: AsyncSession, row: schema.Endpoint, shown: list[ReplicaView]
-) -> routing_pb2.Route:
-    """The route of an endpoint as it should be now."""
-    project = await session.get(schema.Project, row.project_uid)
-    revoked = await session.scalars(
-        select(schema.Token.uid).where(
-            schema.Token.endpoint_uid == row.uid,
-            schema.Token.revoked_ms.is_not(None),
-            # A proxy whose clock is behind must not take it for a good one in its last minutes.
-            schema.Token.expires_s * 1000 > now_ms() - CLOCK_SKEW_MAX_MS,
-        )
-    )
-    return routes.route(
-        uid=row.uid,
-        project=project.name if project is not None else "",
-        name=row.name,
-        port=row.port or 0,
-        label=routes.host_label(row.name, row.uid),
-        open_to_public=row.open_to_public,
-        status=EndpointStatus(row.status),
-        replicas=shown,
-        pools=decisions.traffic(views.endpoint_view(row), shown),
-        hold=row.idle,
-        scrape=await _scraping(session, row),
-        revoked_tokens=list(revoked),
-    )
-
-
-async def _scraping(session: AsyncSession, row: schema.Endpoint) -> routing_pb2.ScrapeSettings | None:
-    """How replicas are scraped: often where a rule looks at it, now and then where something is to be
-    expected there, else not at all (a program that knows no such path would only complain)."""
-    ruled = await session.scalar(
-        select(schema.ScalingRule.uid)
-        .where(
-            schema.ScalingRule.endpoint_uid == row.uid,
-            schema.ScalingRule.source == Source.INFERENCE_FRAMEWORK.value,
-            schema.ScalingRule.enabled,
-        )
-        .limit(1)
-    )
-    if ruled is not None:
-        return routing_pb2.ScrapeSettings(path=row.metrics_path, interval_ms=SCRAPE_RULE_MS)
-    revision = await session.get(schema.Revision, (row.uid, row.revision))
-    runtime = revision.spec["asked"].get("runtime", "custom") if revision is not None else "custom"
-    if runtime == "custom" and row.metrics_path == METRICS_PATH:
-        return None
-    return routing_pb2.ScrapeSettings(path=row.metrics_path, interval_ms=SCRAPE_MS)

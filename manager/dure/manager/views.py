@@ -116,12 +116,19 @@ async def agent_names(session: AsyncSession, uids: Iterable[str]) -> dict[str, s
     return {row.uid: row.name for row in rows}
 
 
-async def draining_agents(session: AsyncSession, uids: Iterable[str]) -> frozenset[str]:
-    """Those of the agents that shall be left."""
-    rows = await session.scalars(
-        select(schema.Agent.uid).where(schema.Agent.uid.in_(list(uids)), schema.Agent.draining)
+async def agents(session: AsyncSession, uids: Iterable[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """Names of agents by uid, and those of them that shall be left."""
+    wanted = list(uids)
+    if not wanted:
+        return {}, frozenset()
+    rows = list(
+        await session.execute(
+            select(schema.Agent.uid, schema.Agent.name, schema.Agent.draining).where(
+                schema.Agent.uid.in_(wanted)
+            )
+        )
     )
-    return frozenset(rows)
+    return {row.uid: row.name for row in rows}, frozenset(row.uid for row in rows if row.draining)
 
 
 async def living(

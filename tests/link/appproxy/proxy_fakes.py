@@ -57,11 +57,18 @@ async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
 
 
 def run(test: Callable[[], Awaitable[None]], timeout_s: float = 30.0) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(timeout_s):
-            await test()
+    """On the loop that the program runs on."""
+    uvloop.run(_bounded(test, timeout_s))
 
-    uvloop.run(bounded())  # what the program runs on
+
+def run_programs(test: Callable[[], Awaitable[None]], timeout_s: float = 30.0) -> None:
+    """For tests that start programs: uvloop forks for that, which does not go well beside gRPC's threads."""
+    asyncio.run(_bounded(test, timeout_s))
+
+
+async def _bounded(test: Callable[[], Awaitable[None]], timeout_s: float) -> None:
+    async with asyncio.timeout(timeout_s):
+        await test()
 
 
 class FakeManager(rpc.RoutingServiceServicer):

@@ -20,7 +20,7 @@ from proxy_fakes import (
     read_head,
     replica,
     route,
-    run,
+    run_programs,
     target,
     until,
 )
@@ -85,7 +85,7 @@ def test_killed_replica_under_load_fails_no_get_and_no_unsent_post(tmp_path: Pat
             assert sum(failed.values()) <= in_flight_posts, failed
             assert all(status == 502 for _, status, _ in failed)
 
-    run(test, 60)
+    run_programs(test, 60)
 
 
 def test_replacement_under_load_fails_nothing(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_replacement_under_load_fails_nothing(tmp_path: Path) -> None:
                 stop.set()
             assert set(statuses) == {200}
 
-    run(test)
+    run_programs(test)
 
 
 def test_the_only_replica_restarts_within_the_search_time(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_only_replica_restarts_within_the_search_time(tmp_path: Path) -> Non
                 response = await request
                 assert (response.status, await response.text()) == (200, "back")
 
-    run(test)
+    run_programs(test)
 
 
 def test_a_table_update_rescues_requests_that_search(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_table_update_rescues_requests_that_search(tmp_path: Path) -> None:
             response = await request
             assert response.status == 200
 
-    run(test)
+    run_programs(test)
 
 
 def test_idempotent_requests_are_repeated_and_posts_are_not(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_idempotent_requests_are_repeated_and_posts_are_not(tmp_path: Path) -> N
                 'dure_proxy_retries_total{project="default",endpoint="name-e",endpoint_uid="e"} 4' in metrics
             )
 
-    run(test)
+    run_programs(test)
 
 
 def test_a_replica_that_closes_idle_connections_costs_no_request(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_replica_that_closes_idle_connections_costs_no_request(tmp_path: Path)
                 async with b.http.post(b.url, data=b"") as response:
                     assert response.status == 200, number
 
-    run(test)
+    run_programs(test)
 
 
 def test_unreachable_targets_are_reported_and_left_alone(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_unreachable_targets_are_reported_and_left_alone(tmp_path: Path) -> None
             line = next(x for x in text.split("\n") if "connect_failures" in x and f"replica-{dead}" in x)
             assert int(line.rpartition(" ")[2]) <= 3
 
-    run(test)
+    run_programs(test)
 
 
 def test_large_bodies_pass_in_bounded_memory(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_large_bodies_pass_in_bounded_memory(tmp_path: Path) -> None:
                 # Client, proxy and replica share this process.
                 assert _rss_bytes() - before < 25_000_000
 
-    run(test, 60)
+    run_programs(test, 60)
 
 
 def test_a_slow_client_holds_back_the_replica(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_slow_client_holds_back_the_replica(tmp_path: Path) -> None:
             assert 0 < sent < 30_000_000
             writer.close()
 
-    run(test)
+    run_programs(test)
 
 
 def _rss_bytes() -> int:

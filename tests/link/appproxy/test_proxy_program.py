@@ -15,7 +15,17 @@ import aiohttp
 import tomli
 from aiohttp import web
 from otlp_receiver import receiver
-from proxy_fakes import JOIN_TOKEN, FakeManager, free_ports, listening, read_head, replica, route, run, until
+from proxy_fakes import (
+    JOIN_TOKEN,
+    FakeManager,
+    free_ports,
+    listening,
+    read_head,
+    replica,
+    route,
+    run_programs,
+    until,
+)
 
 _PROGRAM = "from dure.appproxy.main import main; main()"
 
@@ -107,7 +117,7 @@ def test_settings_are_recorded_and_a_killed_proxy_serves_from_disk(tmp_path: Pat
             assert not (tmp_path / "run" / "edge.pid").exists()
         await manager.stop()
 
-    run(test)
+    run_programs(test)
 
 
 def test_a_signal_drains_and_a_second_one_does_not(tmp_path: Path) -> None:
@@ -161,7 +171,7 @@ def test_a_signal_drains_and_a_second_one_does_not(tmp_path: Path) -> None:
             release.set()
         await manager.stop()
 
-    run(test)
+    run_programs(test)
 
 
 def test_bad_settings_say_what_to_do(tmp_path: Path) -> None:
@@ -184,7 +194,7 @@ def test_bad_settings_say_what_to_do(tmp_path: Path) -> None:
             (tmp_path / "proxies" / name / "settings.toml").write_text("")
         assert "choose one with --name (a, b)" in await _fails(*data)
 
-    run(test, 60)
+    run_programs(test, 60)
 
 
 def test_a_refused_join_token_ends_the_program(tmp_path: Path) -> None:
@@ -199,7 +209,7 @@ def test_a_refused_join_token_ends_the_program(tmp_path: Path) -> None:
         assert "unknown join token" in text
         await manager.stop()
 
-    run(test)
+    run_programs(test)
 
 
 def test_forwards_are_traced_within_the_clients_trace(tmp_path: Path) -> None:
@@ -247,4 +257,4 @@ def test_forwards_are_traced_within_the_clients_trace(tmp_path: Path) -> None:
         finally:
             await manager.stop()
 
-    run(test)
+    run_programs(test)

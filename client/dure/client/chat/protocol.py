@@ -158,7 +158,11 @@ def _said(content: object) -> str:
         case {"detail": str(message)} | {"msg": str(message)}:
             return message
         case {"detail": [*problems]} if problems:
-            where = [".".join(map(str, p["loc"])) for p in problems if isinstance(p, dict) and "loc" in p]
+            where = [
+                ".".join(map(str, problem["loc"]))
+                for problem in problems
+                if isinstance(problem, dict) and isinstance(problem.get("loc"), list)
+            ]
             return "; ".join(filter(None, map(_said, problems))) + (f" ({', '.join(where)})" if where else "")
     return ""
 
