@@ -44,11 +44,12 @@ async def facts(session: AsyncSession, row: schema.Endpoint) -> Facts:
     )
     project, spec, by_rule = (
         await session.execute(
-            select(schema.Project.name, schema.Revision.spec, ruled).where(
-                schema.Project.uid == row.project_uid,
-                schema.Revision.endpoint_uid == row.uid,
-                schema.Revision.number == row.revision,
+            select(schema.Project.name, schema.Revision.spec, ruled)
+            .join(
+                schema.Revision,
+                (schema.Revision.endpoint_uid == row.uid) & (schema.Revision.number == row.revision),
             )
+            .where(schema.Project.uid == row.project_uid)
         )
     ).one()
     revoked = await session.scalars(
