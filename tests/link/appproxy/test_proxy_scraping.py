@@ -16,7 +16,7 @@ from dure.appproxy.scraper import SCRAPES_AT_ONCE_MAX
 from dure.appproxy.table import scraper_of
 from dure.routing.v1 import routing_pb2 as pb
 
-FAST = pb.ScrapeSettings(path="/metrics", interval_ms=200)
+FAST = pb.ScrapeSettings(path="/metrics", interval_ms=1000)
 GZIP = b"Content-Encoding: gzip\r\n"
 PAGE = b"""# TYPE llamacpp:requests_processing gauge
 llamacpp:requests_processing 2
@@ -247,7 +247,7 @@ def test_a_path_that_is_none_is_said_and_the_route_stands(tmp_path: Path) -> Non
                         b.port if not number else 0,
                         pb.Target(replica_uid=f"r{number}", host="127.0.0.1", port=port, weight=1),
                         label=f"l{number}",
-                        scrape=pb.ScrapeSettings(path=path, interval_ms=200),
+                        scrape=pb.ScrapeSettings(path=path, interval_ms=1500),
                     )
                     for number, path in enumerate(paths)
                 )
