@@ -204,10 +204,16 @@ def to_status(error: DureError) -> status_pb2.Status:
     return status_pb2.Status(code=error.code.value[0], message=message[:1500], details=packed)
 
 
+# What gRPC's client says of a stream that ended before it had sent its first message.
+_BROKEN_STREAM = "Internal error from Core"
+
+
 def from_rpc(error: grpc.RpcError) -> DureError:
     """The error that a server raised, or what stands for a broken connection."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
     code = error.code()
+    if code is grpc.StatusCode.INTERNAL and error.details() == _BROKEN_STREAM:
+        code = grpc.StatusCode.UNAVAILABLE
     cls = _BY_CODE.get(code, DureError)
     message = error.details() or code.name
     reason: str | None = None

@@ -220,10 +220,16 @@ async def run(options: Settings) -> None:
                     group.create_task(work)
                     for work in (intake.run(), controller.run(), autoscaler.run(), trail.run())
                 ]
-                await _stop_signal()
-                log.info("manager stops")
-                for task in working:
-                    task.cancel()
+                try:
+                    await _stop_signal()
+                    log.info("manager stops")
+                finally:
+                    # Who is cancelled within a transaction may leave its connection behind, and SQLite's one
+                    # lock with it: what is still to be written would wait for that in vain.
+                    async with store.paused():
+                        for task in working:
+                            task.cancel()
+                        await asyncio.wait(working)
         finally:
             await server.stop(STOP_GRACE_S)
             await trail.flush()

@@ -131,6 +131,16 @@ class Store:
             self._write_lock.release()
             self.turns.observe(time.monotonic() - began_s)
 
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nobody is within a writing transaction as long as it is held."""
+        async with asyncio.timeout(WRITE_WAIT_S):
+            await self._write_lock.acquire()
+        try:
+            yield
+        finally:
+            self._write_lock.release()
+
     async def compacted(self) -> int:
         """Revisions up to this one are no longer in the log."""
         async with self.read() as session:
