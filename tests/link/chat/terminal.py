@@ -45,7 +45,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    async def sees(self, text: str, within_s: float = 10.0) -> None:
+    async def sees(self, text: str, within_s: float = 30.0) -> None:
         """Waits for a text beyond what was seen before."""
         try:
             async with asyncio.timeout(within_s):
