@@ -12,6 +12,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from alembic.config import Config
 from sqlalchemy import Engine, create_engine, delete, event, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
-from dure.manager import schema
+from dure.manager import driver, schema
 from dure.wire import names
 from dure.wire.prometheus import Histogram
 
@@ -76,9 +77,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _migrate(path)
-        url = f"sqlite+aiosqlite:///{path}"
-        self._writer = _engine(url, "BEGIN IMMEDIATE", size=1)
-        self._readers = _engine(url, "BEGIN", size=READERS)
+        self._writer = _engine(path, "BEGIN IMMEDIATE", size=1)
+        self._readers = _engine(path, "BEGIN", size=READERS)
         self._write_lock = asyncio.Lock()
         self._listeners: list[Listener] = []
         self.revision = 0
@@ -185,8 +185,14 @@ async def rows_by_uid(session: AsyncSession, table: Any, uids: Iterable[str]) ->
     return found
 
 
-def _engine(url: str, begin: str, size: int) -> AsyncEngine:
-    engine = create_async_engine(url, pool_size=size, max_overflow=0, pool_timeout=WRITE_WAIT_S)
+def _engine(path: Path, begin: str, size: int) -> AsyncEngine:
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{path}",
+        async_creator=partial(driver.connect, path),
+        pool_size=size,
+        max_overflow=0,
+        pool_timeout=WRITE_WAIT_S,
+    )
     _prepare(engine.sync_engine, begin)
     return engine
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from link.client.fake_state import FakeManager, page, refuses
@@ -74,9 +74,8 @@ class Rollouts:
     """The part of EndpointService about revisions."""
 
     fake: FakeManager
-
-    def find(self, name: str) -> Endpoint:
-        raise NotImplementedError
+    # Of the class that this is a part of.
+    find: Callable[[str], Endpoint]
 
     def revise(self, endpoint: Endpoint, change: str) -> None:
         """Makes a revision of what the endpoint is now, and begins to roll it out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from grpc_status import rpc_status
@@ -18,9 +18,8 @@ class Trials:
     """The part of EndpointService that tries things out."""
 
     fake: FakeManager
-
-    def find(self, name: str) -> Endpoint:
-        raise NotImplementedError
+    # Of the class that this is a part of.
+    find: Callable[[str], Endpoint]
 
     async def ValidateEndpoint(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Says what `fake.validation` holds; without an outcome in it, goes on until the caller leaves."""

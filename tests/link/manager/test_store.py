@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from sqlalchemy import func, select
 
 from dure.manager import retention, schema
 from dure.manager import store as module
-from dure.manager.store import Key, Store, new_uid
+from dure.manager.store import Key, Store, new_uid, now_ms
 
 
 def with_store(tmp_path: Path, body) -> None:
@@ -101,3 +102,53 @@ def test_events_do_not_pile_up(tmp_path: Path) -> None:
             assert await session.scalar(select(func.count()).select_from(schema.Token)) == 0
 
     with_store(tmp_path, body)
+
+
+def test_a_caller_that_leaves_within_a_transaction_locks_nobody_out(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = Store(tmp_path / "dure.db")
+        await store.open()
+
+        async def write(name: str) -> None:
+            async with store.write() as tx:
+                for number in range(5):
+                    row = schema.Project(uid=new_uid(), name=f"{name}-{number}", created_ms=now_ms())
+                    tx.session.add(row)
+                    await tx.session.flush()
+                    await tx.session.scalars(select(schema.Project.uid).limit(100))
+
+        for number in range(100):
+            leaving = asyncio.create_task(write(f"leaving-{number}"))
+            # Somewhere within: another statement each time.
+            for _ in range(number):
+                await asyncio.sleep(0)
+            await asyncio.sleep(number / 10_000)
+            leaving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await leaving
+            async with asyncio.timeout(5):
+                await write(f"staying-{number}")
+        async with store.read() as session:
+            names = list(await session.scalars(select(schema.Project.name)))
+        assert sum(name.startswith("staying") for name in names) == 500
+        whole = [name for name in names if name.startswith("leaving")]
+        assert len(whole) % 5 == 0, "a transaction is whole, or not there"
+        assert len(whole) < 500, "some of them were cancelled in time"
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_a_time_limit_holds_though_a_statement_is_waited_for(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = Store(tmp_path / "dure.db")
+        await store.open()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01), store.write() as tx:
+                while True:
+                    await tx.session.scalar(select(schema.Project.uid))
+        async with asyncio.timeout(5), store.write() as tx:
+            tx.session.add(schema.Project(uid=new_uid(), name="after", created_ms=now_ms()))
+        await store.close()
+
+    asyncio.run(run())
