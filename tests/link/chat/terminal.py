@@ -56,6 +56,18 @@ class Terminal:
             raise AssertionError(f"no {text!r} in {self.text[self._read_to :]!r}") from None
         self._read_to = at + len(text)
 
+    async def types_until(self, key: str, text: str, times: int = 15) -> None:
+        """Types a key, again every two seconds, as people do: a key in the moment between the line editor's
+        prompt and its first look at the keyboard is taken with the next one only."""
+        for left in reversed(range(times)):
+            self.type(key)
+            try:
+                await self.sees(text, 2.0)
+                return
+            except AssertionError:
+                if not left:
+                    raise
+
     def hang_up(self) -> None:
         """Closes the window."""
         with contextlib.suppress(OSError):

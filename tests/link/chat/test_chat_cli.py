@@ -258,8 +258,7 @@ def test_ctrl_c_ends_the_answer_and_errors_do_not_end_the_chat(tmp_path: Path) -
             await shown.sees("(stopped)")
             await asyncio.wait_for(model.left.wait(), 5)
             await shown.sees("> ")
-            shown.type("\x03")
-            await shown.sees("Ctrl-D or /quit ends the chat")
+            await shown.types_until("\x03", "Ctrl-D or /quit ends the chat")
             model.pause_after = None
             model.status, model.body, model.headers = 429, '{"error": "busy"}', {"Retry-After": "3"}
             shown.type("Go on\r")
