@@ -13,7 +13,9 @@ from dure.manager.model import (
     ReplicaView,
     Surroundings,
 )
-from dure.manager.replicas import Plan, in_route, reconcile, traffic
+from dure.manager.plan import Plan
+from dure.manager.replicas import reconcile
+from dure.manager.serving import in_route, traffic
 
 S = ReplicaStatus
 

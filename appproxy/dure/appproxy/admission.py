@@ -1,6 +1,6 @@
 """Who may pass: token checks, waiting lines, and every error answer that the proxy gives.
 
-`ANSWERS` is the one place that maps a code to a status (decisions.md, section 7).
+`ANSWERS` is the one place that maps a code to a status.
 """
 
 from __future__ import annotations

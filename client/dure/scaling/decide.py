@@ -31,7 +31,7 @@ def decide(rules: Sequence[Rule], samples: Samples, situation: Situation) -> Dec
     """The whole decision. `desired` stays as it is unless `cause` is set."""
     now = situation.desired
     if now == 0 and situation.held:
-        wanted = min((wake_to(rules), REPLICAS_MAX))
+        wanted = min(wake_to(rules), REPLICAS_MAX)
         return Decision(wanted, "request", f"a request came while it was at zero: {wanted} replica(s)")
     verdicts: list[Verdict] = []
     winner: tuple[Rule, int, str] | None = None

@@ -17,7 +17,6 @@ from collections.abc import Iterable
 
 from sqlalchemy import select
 
-from dure.manager import replicas as decisions
 from dure.manager import routed, schema, views
 from dure.manager.addresses import assign_address
 from dure.manager.fleet import Fleet
@@ -28,8 +27,10 @@ from dure.manager.model import (
     KernelPhase,
     ReplicaView,
 )
+from dure.manager.plan import Plan
 from dure.manager.retention import prune
 from dure.manager.round import Round
+from dure.manager.serving import in_route
 from dure.manager.store import Key, Store, Tx, now_ms
 from dure.wire.backoff import backoff_s
 from dure.wire.prometheus import Histogram
@@ -242,7 +243,7 @@ class Controller:
         self._hub.put(route)
         self._measures.compose(
             uid,
-            [replica.uid for replica in run.shown if decisions.in_route(replica)],
+            [replica.uid for replica in run.shown if in_route(replica)],
             [
                 kernel.uid
                 for replica in run.shown
@@ -263,16 +264,14 @@ class Controller:
         self._addressed.pop(uid, None)
         self._on_proxies.discard(uid)
 
-    def _set_status(
-        self, tx: Tx, row: schema.Endpoint, plan: decisions.Plan, shown: list[ReplicaView]
-    ) -> None:
+    def _set_status(self, tx: Tx, row: schema.Endpoint, plan: Plan, shown: list[ReplicaView]) -> None:
         status = plan.status
         # One that was healthy does not stop being so while proxies take up a route with one more target.
         if status is EndpointStatus.DEGRADED and row.status == EndpointStatus.HEALTHY:
-            serving = sum(1 for replica in shown if decisions.in_route(replica))
+            serving = sum(1 for replica in shown if in_route(replica))
             if serving >= row.desired_replicas > 0:
                 status = EndpointStatus.HEALTHY
-        ready = sum(1 for replica in shown if decisions.in_route(replica))
+        ready = sum(1 for replica in shown if in_route(replica))
         if row.idle and ready and row.desired_replicas:
             # Woken, and up: requests are no longer held.
             row.idle = False

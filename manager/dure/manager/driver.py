@@ -35,7 +35,7 @@ class _Connection(aiosqlite.Connection):
         """Gives the lock back first: a connection with an unfinished result keeps it though it is closed."""
         with contextlib.suppress(sqlite3.Error, ValueError):
             await self.rollback()
-        await super().close()  # type: ignore[no-untyped-call]
+        await super().close()
 
 
 async def connect(path: Path) -> aiosqlite.Connection:

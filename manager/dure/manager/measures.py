@@ -201,7 +201,10 @@ class Measures:
 
     def held(self, endpoint_uid: str) -> None:
         """A proxy holds requests for an endpoint."""
-        entry = self._entry(endpoint_uid)
+        entry = self._endpoints.get(endpoint_uid)
+        if entry is None:
+            # One that is gone, or that the controller has not come to: proxies say it with every report.
+            return
         entry.held_ms = entry.active_ms = self._clock_ms()
         self._changed(endpoint_uid)
 

@@ -4,12 +4,6 @@
 create, to move to another status, to drain, to stop, how a rollout goes on or that it is rolled back, and
 when to look again. The controller applies it.
 
-A replica's life (one table, `MOVES`):
-
-    PENDING ──placed──> STARTING ──command runs──> DEGRADED ──probe──> HEALTHY <──> UNHEALTHY
-       any of them ──not wanted──> TERMINATING ──gone──> TERMINATED
-       any of them ──ended by itself──> FAILED
-
 Losing an agent changes no replica's status: its sessions most likely still serve. Only when the agent
 was given up on are replacements started, and only when those are healthy, or LOST_KEEP_MS have passed,
 do the old ones leave.
@@ -17,8 +11,8 @@ do the old ones leave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from dure.manager import rollout
 from dure.manager.model import (
@@ -31,22 +25,13 @@ from dure.manager.model import (
     RolloutState,
     Surroundings,
 )
+from dure.manager.plan import MOVES, IllegalMove, Move, Plan, backoff_ms
+from dure.manager.serving import in_route, serving_by_revision
+from dure.manager.standing import standing
 
 S = ReplicaStatus
 
-MOVES: dict[ReplicaStatus, frozenset[ReplicaStatus]] = {
-    S.PENDING: frozenset({S.STARTING, S.TERMINATING, S.TERMINATED, S.FAILED}),
-    S.STARTING: frozenset({S.DEGRADED, S.HEALTHY, S.UNHEALTHY, S.TERMINATING, S.FAILED}),
-    S.DEGRADED: frozenset({S.HEALTHY, S.UNHEALTHY, S.TERMINATING, S.FAILED}),
-    S.HEALTHY: frozenset({S.UNHEALTHY, S.TERMINATING, S.FAILED}),
-    S.UNHEALTHY: frozenset({S.HEALTHY, S.TERMINATING, S.FAILED}),
-    S.TERMINATING: frozenset({S.TERMINATED}),
-    S.TERMINATED: frozenset(),
-    S.FAILED: frozenset(),
-}
-
 FAILURES_MAX = 5
-BACKOFF_FIRST_MS, BACKOFF_MAX_MS = 1_000, 60_000
 # Replicas that served and then died never wait longer than this many failures make: 8 s.
 SERVED_FAILURES_MAX = 4
 # A replica that was healthy for this long ends a series of failures.
@@ -61,51 +46,6 @@ LOST_KEEP_MS = 60_000
 CREATE_MAX = 50
 # Exits that say nothing about the replica's own command.
 _INFRASTRUCTURE = frozenset({"NODE_REBOOTED", "LOST"})
-
-
-class IllegalMove(Exception):
-    """A bug: a status that cannot follow another."""
-
-
-@dataclass(frozen=True)
-class Move:
-    """A replica changes its status; `stop` ends its kernels, `drain` takes it out of the route first."""
-
-    uid: str
-    status: ReplicaStatus
-    reason: str
-    event: str = ""
-    warning: bool = False
-    stop: bool = False
-    drain: bool = False
-
-
-@dataclass
-class Plan:
-    """What to do. `create` counts new replicas by revision; `rollback` says why the wanted revision is given
-    up for the stable one; `stable` is what is now the stable one; `look_again_ms` is when the clock alone may
-    change the decision.
-    """
-
-    create: dict[int, int] = field(default_factory=dict)
-    rollout: RolloutState | None = None
-    rollback: str = ""
-    stable: int = 0
-    moves: list[Move] = field(default_factory=list)
-    stop: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    clear_errors: bool = False
-    failures: int = 0
-    failed_ms: int = 0
-    blocked: bool = False
-    status: EndpointStatus = EndpointStatus.PENDING
-    reason: str = ""
-    gone: bool = False
-    look_again_ms: int | None = None
-
-    def look_at(self, at_ms: int) -> None:
-        if self.look_again_ms is None or at_ms < self.look_again_ms:
-            self.look_again_ms = at_ms
 
 
 def status_of(replica: ReplicaView) -> ReplicaStatus:
@@ -123,18 +63,6 @@ def status_of(replica: ReplicaView) -> ReplicaStatus:
         KernelHealth.HEALTHY: S.HEALTHY,
         KernelHealth.UNHEALTHY: S.UNHEALTHY,
     }[replica.kernels[0].health]
-
-
-def in_route(replica: ReplicaView) -> bool:
-    """Whether a replica takes new requests."""
-    return replica.status is S.HEALTHY and not replica.draining
-
-
-def backoff_ms(failures: int) -> int:
-    """Pause before the next start after so many failures in a row."""
-    if failures == 0:
-        return 0
-    return int(min(BACKOFF_MAX_MS, BACKOFF_FIRST_MS * 2 ** min(failures - 1, 10)))
 
 
 def reconcile(endpoint: EndpointView, replicas: Sequence[ReplicaView], around: Surroundings) -> Plan:
@@ -159,29 +87,8 @@ def reconcile(endpoint: EndpointView, replicas: Sequence[ReplicaView], around: S
         plan.gone = not current and not around.lingering
     else:
         _grow(endpoint, current, around, plan)
-    plan.status, plan.reason = _status(endpoint, list(current.values()), around, plan)
+    plan.status, plan.reason = standing(endpoint, list(current.values()), around, plan)
     return plan
-
-
-def serving_by_revision(replicas: Sequence[ReplicaView]) -> dict[int, int]:
-    """How many replicas of each revision take new requests."""
-    counts: dict[int, int] = {}
-    for replica in replicas:
-        if in_route(replica):
-            counts[replica.revision] = counts.get(replica.revision, 0) + 1
-    return counts
-
-
-def traffic(endpoint: EndpointView, replicas: Sequence[ReplicaView]) -> Mapping[int, int]:
-    """Percent of the requests by revision, as the stored state of a rollout says; empty: all alike."""
-    state = endpoint.rollout
-    if state is None or state.revision != endpoint.revision:
-        # A rollout that has not begun yet must not show its revision to anybody.
-        state = rollout.begin(endpoint, 0)
-    serving = serving_by_revision(replicas)
-    if state is None:
-        return rollout.pools_back(endpoint.policy, serving, endpoint.revision, endpoint.desired)
-    return rollout.pools(state, endpoint.policy, serving, endpoint.desired)
 
 
 def _advance(
@@ -493,58 +400,3 @@ def _grow(endpoint: EndpointView, current: dict[str, ReplicaView], around: Surro
         left -= plan.create[revision]
     if sum(missing.values()) > CREATE_MAX:
         plan.look_at(around.now_ms)
-
-
-def _status(
-    endpoint: EndpointView, replicas: Sequence[ReplicaView], around: Surroundings, plan: Plan
-) -> tuple[EndpointStatus, str]:
-    """The first that holds, with a sentence."""
-    E = EndpointStatus
-    staying = [replica for replica in replicas if not replica.leaving]
-    leaving = len(replicas) - len(staying)
-    healthy = [replica for replica in staying if in_route(replica)]
-    pending = [replica for replica in staying if replica.status is S.PENDING]
-    starting = [replica for replica in staying if replica.status in (S.STARTING, S.DEGRADED)]
-    errors = ([] if plan.clear_errors else list(endpoint.errors)) + plan.errors
-    last = f"; last error: {errors[-1]}" if errors else ""
-    if endpoint.deleting:
-        left = leaving + around.lingering
-        return E.TERMINATING, f"{left} replica(s) are still draining or stopping" if left else ""
-    if plan.blocked:
-        return E.BLOCKED, (
-            f"{len(errors)} replicas in a row failed before they became healthy{last}; "
-            f"mend the cause, then run: dure endpoint retry {endpoint.name}"
-        )
-    if endpoint.desired == 0:
-        if endpoint.idle:
-            return E.IDLE, "the autoscaler went to zero; the next request wakes it"
-        return E.STOPPED, "zero replicas are wanted"
-    old = [replica for replica in staying if not _is_new(endpoint, replica)]
-    if plan.rollout is not None:
-        serving = serving_by_revision(staying)
-        where = rollout.detail(plan.rollout, endpoint.policy, endpoint.name, serving, endpoint.desired)
-        waiting = next((f"; waiting for a place: {replica.reason}" for replica in pending), "")
-        return E.UPDATING, where + waiting + last
-    if old:
-        return E.UPDATING, f"revision {endpoint.revision} replaces {len(old)} replica(s) of others"
-    if len(healthy) >= endpoint.desired:
-        if around.published:
-            return E.HEALTHY, ""
-        return E.DEGRADED, "the proxies are taking up the route"
-    if pending and not starting and not healthy:
-        return E.PENDING, pending[0].reason or "waiting for a place"
-    if not healthy and not starting:
-        if plan.create:
-            return E.PENDING, f"{sum(plan.create.values())} replica(s) are being placed{last}"
-        wait_s = max(0.0, (plan.failed_ms + backoff_ms(plan.failures) - around.now_ms) / 1000)
-        next_start = f"the next start is in {wait_s:.0f} s{last}" if not staying else ""
-        return E.UNHEALTHY, next_start or staying[0].reason or "no replica is healthy"
-    parts = [f"{len(healthy)} of {endpoint.desired} healthy"]
-    if starting:
-        parts.append(f"{len(starting)} starting")
-    if pending:
-        parts.append(f"{len(pending)} waiting for a place: {pending[0].reason or 'not tried yet'}")
-    if plan.failures and not plan.create and len(staying) < endpoint.desired:
-        wait_s = max(0.0, (plan.failed_ms + backoff_ms(plan.failures) - around.now_ms) / 1000)
-        parts.append(f"next start in {wait_s:.0f} s{last}")
-    return E.DEGRADED, ", ".join(parts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from dure.manager import placing, rollout, routed, schema, views
-from dure.manager import replicas as decisions
 from dure.manager.addresses import release_address
 from dure.manager.fleet import Fleet
 from dure.manager.hub import Hub
@@ -18,6 +17,8 @@ from dure.manager.model import (
     Surroundings,
 )
 from dure.manager.placement import Node, Placed, fuller, place
+from dure.manager.plan import Move, Plan
+from dure.manager.replicas import reconcile
 from dure.manager.routed import Facts
 from dure.manager.store import Tx, new_uid, now_ms
 
@@ -47,7 +48,7 @@ class Round:
         self.shown = [views.replica_view(row, self.kernels.get(row.uid, ()), agent_names) for row in rows]
         self.route = routed.route(self.row, self.shown, self.facts)
 
-    def decide(self) -> decisions.Plan:
+    def decide(self) -> Plan:
         given_up = self.fleet.given_up()
         lingering = sum(
             1
@@ -65,9 +66,9 @@ class Round:
             published=self.row.validation or self.hub.published(self.route, self.row.proxy_group),
             lingering=lingering,
         )
-        return decisions.reconcile(views.endpoint_view(self.row), self.shown, around)
+        return reconcile(views.endpoint_view(self.row), self.shown, around)
 
-    async def apply(self, plan: decisions.Plan) -> None:
+    async def apply(self, plan: Plan) -> None:
         for move in plan.moves:
             self._move(move)
         for uid in plan.stop:
@@ -82,7 +83,7 @@ class Round:
         if plan.gone:
             await self._finish()
 
-    def _move(self, move: decisions.Move) -> None:
+    def _move(self, move: Move) -> None:
         row, now = self.rows[move.uid], now_ms()
         row.since_ms = now if row.status != move.status else row.since_ms
         row.status, row.reason = move.status.value, move.reason[:4000]
@@ -117,7 +118,7 @@ class Round:
                 self.tx.touch("agent", kernel.agent_uid)
                 self._mark()
 
-    def _count_failures(self, plan: decisions.Plan) -> None:
+    def _count_failures(self, plan: Plan) -> None:
         row = self.row
         at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
         errors = ([] if plan.clear_errors else list(row.errors)) + [f"{at} {text}" for text in plan.errors]
@@ -126,7 +127,7 @@ class Round:
             row.errors, row.failures, row.failed_ms, row.blocked = after
             self._mark()
 
-    async def _roll(self, plan: decisions.Plan) -> None:
+    async def _roll(self, plan: Plan) -> None:
         """Keeps where the rollout stands, or gives it up for the stable revision."""
         row = self.row
         if plan.rollback:

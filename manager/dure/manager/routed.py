@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dure.manager import replicas as decisions
 from dure.manager import routes, schema, views
 from dure.manager.asked import METRICS_PATH
 from dure.manager.model import EndpointStatus, ReplicaView
+from dure.manager.serving import traffic
 from dure.manager.store import now_ms
 from dure.routing.v1 import routing_pb2
 from dure.scaling.values import Source
@@ -73,7 +73,7 @@ def route(row: schema.Endpoint, shown: Sequence[ReplicaView], facts: Facts) -> r
         open_to_public=row.open_to_public,
         status=EndpointStatus(row.status),
         replicas=shown,
-        pools=decisions.traffic(views.endpoint_view(row), shown),
+        pools=traffic(views.endpoint_view(row), shown),
         hold=row.idle,
         scrape=_scraping(row, facts),
         revoked_tokens=facts.revoked_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dure.manager.model import EndpointStatus, KernelView, ReplicaView
-from dure.manager.replicas import in_route
+from dure.manager.serving import in_route
 from dure.routing.v1 import routing_pb2
 
 _UNAVAILABLE = {

@@ -1,4 +1,4 @@
-"""Every answer that the proxy gives itself (decisions.md, section 7)."""
+"""Every answer that the proxy gives itself, with its status and code."""
 
 from __future__ import annotations
 

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from reconciler_world import World
 
 from dure.manager.model import EndpointStatus, KernelHealth, KernelPhase, ReplicaStatus
+from dure.manager.plan import backoff_ms
 from dure.manager.replicas import (
     DRAIN_GRACE_MS,
     FAILURES_MAX,
     LOST_KEEP_MS,
     STABLE_MS,
     UNHEALTHY_GRACE_MS,
-    backoff_ms,
-    in_route,
 )
+from dure.manager.serving import in_route
 
 S = ReplicaStatus
 
