@@ -8,10 +8,10 @@ import click
 
 from dure.client.cli import tables
 from dure.client.cli.describe import facts, section
-from dure.client.cli.endpoint_rollout import rollout_lines
 from dure.client.cli.text import clean, figure, milliseconds, moment
 from dure.client.manifest import to_manifest
 from dure.client.notation import amount, command_text, mount_source, mount_target, steps_text
+from dure.client.waiting import rollout_summary
 from dure.v1.endpoint_pb2 import Endpoint, Event
 from dure.v1.scaling_pb2 import EndpointMeasurements
 from dure.wire.quantities import MEM
@@ -158,3 +158,17 @@ def _cluster(item: Endpoint) -> str:
 
 def _pairs(values: dict[str, str]) -> str:
     return ", ".join(f"{key}={values[key]}" for key in sorted(values))
+
+
+def rollout_lines(item: Endpoint) -> list[str]:
+    """Where it stands, and what one can do about it."""
+    name = tables.last(item.name)
+    lines = [f"{rollout_summary(item.rollout)}" + (f": {item.rollout.detail}" if item.rollout.detail else "")]
+    if item.rollout.paused:
+        lines.append(f"`dure endpoint rollout resume {name}` goes on, `dure endpoint rollback {name}` back")
+    elif item.rollout.waits:
+        lines.append(
+            f"`dure endpoint rollout resume {name}` takes the next step, `promote` all that are left, "
+            f"`dure endpoint rollback {name}` goes back"
+        )
+    return lines

@@ -7,12 +7,12 @@ import itertools
 import click
 
 from dure.client.cli import plan, tables
+from dure.client.cli.describe_endpoint import rollout_lines
 from dure.client.cli.endpoint import endpoint
 from dure.client.cli.endpoint_change import finish, show
 from dure.client.cli.options import Shell, command, waiting
 from dure.client.cli.output import emit, emit_list
 from dure.client.manifest import changes
-from dure.client.waiting import rollout_summary
 from dure.v1.endpoint_pb2 import Endpoint, Revision
 from dure.wire.errors import NotFound
 
@@ -122,20 +122,6 @@ async def _go_on(shell: Shell, name: str, *, full: bool, wait: bool, timeout_s: 
             return
         # Compared with a revision that none has, any is a new one: the wait is for the rollout.
         await finish(shell, client, item, True, timeout_s, Endpoint())
-
-
-def rollout_lines(item: Endpoint) -> list[str]:
-    """Where it stands, and what one can do about it."""
-    name = tables.last(item.name)
-    lines = [f"{rollout_summary(item.rollout)}" + (f": {item.rollout.detail}" if item.rollout.detail else "")]
-    if item.rollout.paused:
-        lines.append(f"`dure endpoint rollout resume {name}` goes on, `dure endpoint rollback {name}` back")
-    elif item.rollout.waits:
-        lines.append(
-            f"`dure endpoint rollout resume {name}` takes the next step, `promote` all that are left, "
-            f"`dure endpoint rollback {name}` goes back"
-        )
-    return lines
 
 
 def _told(shell: Shell, item: Endpoint) -> None:
