@@ -14,7 +14,8 @@ from typing import Any
 
 import aiohttp
 
-from dure.agent import clusters, devices, environment, health, machine, ports, prober, sockets
+from dure.agent import clusters, devices, environment, health, machine, ports, prober
+from dure.agent.backends import outcome
 from dure.agent.backends.base import (
     Backend,
     ClusterFiles,
@@ -79,7 +80,6 @@ class Runner:
         self._files = str(handle.folder)
         self._policy = _policy_of(spec)
         self._health = health.begin(self._policy)
-        self._own_sockets: frozenset[int] = frozenset()
         self._start: Start | None = None
         self.status = fleet_pb2.KernelStatus(uid=spec.uid, host=node.host)
 
@@ -124,6 +124,18 @@ class Runner:
                 self.handle, Ended("LOST", -1, "its agent was stopped before it started")
             )
         await self._node.backend.clean(self.handle)
+
+    async def condemn(self, ended: Ended) -> None:
+        """Ends it for a reason of the node's own, which stands in its report in place of what its end looks
+        like; also if the agent is killed meanwhile. Raises OSError, or TimeoutError."""
+        verdict = {
+            "reason": ended.reason,
+            "code": ended.code,
+            "message": ended.message,
+            "stopped": ended.by_wish,
+        }
+        write_json(f"{self._files}/verdict.json", verdict)
+        await self._node.backend.stop(self.handle, self.grace_s)
 
     async def remove(self) -> None:
         """Ends it and leaves nothing behind. Goes on until that is done."""
@@ -177,7 +189,7 @@ class Runner:
         write_json(f"{self._files}/kernel.json", {"port": port})
         self.status.port = port
         self._say("starting")
-        await self._node.backend.start(self._plan(model, tuple(extra), cluster, port))
+        await self._node.backend.start(self._plan(model, tuple(extra), cluster, port), self._tell)
 
     async def _extra_mount(self, mount: fleet_pb2.Mount) -> ExtraMount:
         self._say(f"getting folder `{mount.folder}`")
@@ -287,17 +299,7 @@ class Runner:
         )
 
     async def _complaint(self) -> str:
-        port = self.status.port
-        inodes, problem = await asyncio.to_thread(sockets.reached, port, self._node.host)
-        if inodes and inodes == self._own_sockets:
-            return ""
-        # Looking through the descriptors of all processes costs milliseconds: once for each new listener.
-        pids = await self._node.backend.processes(self.handle)
-        if problem:
-            return problem + await asyncio.to_thread(sockets.elsewhere, port, pids)
-        problem = await asyncio.to_thread(sockets.stranger, port, inodes, pids)
-        self._own_sockets = inodes if not problem else frozenset()
-        return problem
+        return await self._node.backend.complaint(self.handle, self._node.host, self.status.port)
 
     def _record(self, current: Health, answer: Answer) -> None:
         self._node.counts.probes.add("success" if answer.success else "failure")
@@ -338,7 +340,11 @@ class Runner:
         self._end(ended)
 
     def _end(self, ended: Ended) -> None:
+        verdict = read_json(f"{self._files}/verdict.json")
+        if verdict is not None:
+            ended = outcome.read(verdict)
         self.ended = True
+        self.status.ClearField("pull")
         self._node.counts.ends.add(ended.reason)
         self._start_over(ended.message or ended.reason)
         self.status.pid = 0
@@ -356,7 +362,13 @@ class Runner:
         self._emit(Event.ENDED)
 
     def _say(self, message: str) -> None:
+        self._tell(message, None)
+
+    def _tell(self, message: str, pull: fleet_pb2.ImagePull | None) -> None:
         self.status.message = message
+        self.status.ClearField("pull")
+        if pull is not None:
+            self.status.pull.CopyFrom(pull)
         self._emit(None)
 
 

@@ -140,6 +140,8 @@ def replica(
             node=agent_names.get(kernel.agent_uid, kernel.agent_uid),
             pid=status.pid,
             message=status.message,
+            enforcement=status.enforcement,
+            enforcement_detail=status.enforcement_detail,
         )
         for share in kernel.devices:
             amount = format_slot(share["slot"], share["amount"])

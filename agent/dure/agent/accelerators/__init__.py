@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dure.agent.usage import DeviceUse
@@ -14,10 +14,18 @@ SHARES_PER_DEVICE_MILLI = 1000
 
 @dataclass(frozen=True)
 class Found:
-    """What a plug-in found. `limitations` are sentences for people: a driver that does not answer, say."""
+    """What a plug-in found. `limitations` are sentences for people: a driver that does not answer, say.
+
+    A device that was found once stays among `devices`, unhealthy when it is not there. Of those, `lost` are
+    the ones whose sessions cannot go on. `memory` has the bytes that host processes hold, by pid, of each
+    device that tells; `mps` which of these processes share it through NVIDIA's MPS.
+    """
 
     devices: tuple[fleet_pb2.Device, ...] = ()
     limitations: tuple[str, ...] = ()
+    lost: frozenset[str] = frozenset()
+    memory: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    mps: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Accelerator(Protocol):
     order: int
 
     async def find(self, request: Request) -> Found:
-        """Never raises for what a driver does."""
+        """Asked at the start, and every few seconds from then on. Never raises for what a driver does, and
+        never waits for it without a limit."""
 
     def measure(self) -> Mapping[str, DeviceUse]:
         """What processes use of its devices now, by the device's id; one that cannot be told is left out.

@@ -3,16 +3,20 @@
 A back end keeps what it needs to find a kernel again in the kernel's own folder, so that an agent that
 was killed can adopt: a handle is that folder and the uid. Entry points of the group
 `dure.agent.backends` name classes that take the agent's own folder.
+
+A kernel may be contained: it runs in an image, with a file system and, unless its session spans nodes, a
+network of its own. Then it binds the port that is declared, and the back end tells where that is reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from dure.agent.usage import Usage
+from dure.fleet.v1 import fleet_pb2
 
 HOME = "/home/work"
 
@@ -46,6 +50,57 @@ class ClusterFiles:
 
 
 @dataclass(frozen=True)
+class Bind:
+    """A file or folder of the node, and where it appears in a container."""
+
+    source: str
+    target: str
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What keeps a kernel within its parts of devices needs this of it. Variables win over its own; `binds`
+    and `host_ipc` (the node's shared memory in place of its own) are for a contained one."""
+
+    environ: Mapping[str, str] = field(default_factory=dict)
+    binds: tuple[Bind, ...] = ()
+    host_ipc: bool = False
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a contained kernel has beside. `host` is the address at which its port is published; `devices`
+    are those granted. `addresses` are those of `names`, all kernels of its session, empty for a session of
+    one. `cpus` and `memory_nodes` pin it (the kernel's own notation, empty for anywhere). `credential` asks
+    for user and password of the image's registry, both empty if there are none."""
+
+    spec: fleet_pb2.KernelSpec
+    agent: str
+    host: str
+    hostname: str
+    devices: tuple[fleet_pb2.Device, ...]
+    credential: Callable[[], Awaitable[tuple[str, str]]]
+    names: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    cpus: str = ""
+    memory_nodes: str = ""
+
+    @property
+    def strict(self) -> bool:
+        return self.spec.security_profile == fleet_pb2.SECURITY_PROFILE_STRICT
+
+    @property
+    def shares_network(self) -> bool:
+        """Whether it has the node's network: its session is on several."""
+        return bool(self.names) and not self.spec.cluster.one_node
+
+
+# Told what goes on while a kernel is started, for people, and how far the fetching of its image is.
+Tell = Callable[[str, fleet_pb2.ImagePull | None], None]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to run. `model` is a real folder; `model_target` is where the kernel should see it. Neither
     `argv` nor `shell`: the image's own command."""
@@ -68,6 +123,9 @@ class Plan:
     shared_memory_bytes: int = 0
     # None for a session of one.
     cluster: ClusterFiles | None = None
+    # For a back end that contains.
+    container: Container | None = None
+    injection: Injection = Injection()
 
 
 @dataclass(frozen=True)
@@ -82,12 +140,14 @@ class Ended:
 
 @dataclass(frozen=True)
 class Observation:
-    """What is seen of a kernel. `started_at_s` is CLOCK_BOOTTIME at the start of its command, 0 before."""
+    """What is seen of a kernel. `started_at_s` is CLOCK_BOOTTIME at the start of its command, 0 before;
+    `port` is where the node publishes its port, 0 where it binds the one that it was given."""
 
     pid: int = 0
     started_at_s: float = 0.0
     message: str = ""
     ended: Ended | None = None
+    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +157,8 @@ class Abilities:
     maps_mounts: bool
     runs_images: bool
     limitations: tuple[str, ...] = field(default=())
+    # Why GPUs of an accelerator, by its name, cannot be given to kernels; what is not named can.
+    no_devices: Mapping[str, str] = field(default_factory=dict)
 
 
 class StartFailed(Exception):
@@ -111,6 +173,8 @@ class Backend(Protocol):
     """Runs kernels. Every verb may be called again after a crash at any point of it."""
 
     name: str
+    # Whether its kernels are contained.
+    contains: bool
 
     def model_place(self, model: Path | None, target: str) -> str:
         """Where a kernel will see the model folder `model` that should appear at `target`."""
@@ -118,7 +182,10 @@ class Backend(Protocol):
     async def probe(self) -> Abilities:
         """Finds out what works here; called once, before anything else."""
 
-    async def start(self, plan: Plan) -> None:
+    async def find(self) -> list[fleet_pb2.KernelSpec]:
+        """Kernels of this agent that are there though the agent's folder may know nothing of them."""
+
+    async def start(self, plan: Plan, tell: Tell) -> None:
         """Begins a start. Raises StartFailed, or OSError."""
 
     async def adopt(self, handle: Handle) -> bool:
@@ -135,6 +202,10 @@ class Backend(Protocol):
 
     async def processes(self, handle: Handle) -> frozenset[int]:
         """Host pids of the kernel's processes."""
+
+    async def complaint(self, handle: Handle, host: str, port: int) -> str:
+        """Empty if who comes to `host:port` reaches a program of the kernel's own, else a sentence. A
+        program of the kernel answers there, or nobody does."""
 
     def measure(self, handle: Handle) -> Usage | None:
         """What the kernel has used; None if that cannot be told. Blocks for well under a millisecond, and is

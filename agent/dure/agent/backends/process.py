@@ -16,13 +16,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dure.agent import sockets
 from dure.agent.backends import accounting, cgroups, outcome, view
-from dure.agent.backends.base import Abilities, Ended, Handle, Observation, Plan
+from dure.agent.backends.base import Abilities, Ended, Handle, Observation, Plan, Tell
 from dure.agent.backends.cgroups import Cgroups
 from dure.agent.shim import processes
 from dure.agent.shim.files import read_json, write_json
 from dure.agent.usage import Usage
 from dure.agent.waiting import in_thread, is_readable, readable
+from dure.fleet.v1 import fleet_pb2
 
 MARKER = "DURE_KERNEL_UID"
 # After the grace the shim kills; if it does not end soon after, it is stuck, and the agent kills.
@@ -50,10 +52,14 @@ class ProcessBackend:
     """See `base.Backend`. `home` is the agent's own folder."""
 
     name = "process"
+    contains = False
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self._watches: dict[str, _Watch] = {}
+        # Sockets that were found to be a kernel's own: looking through the descriptors of all its processes
+        # costs milliseconds.
+        self._own_sockets: dict[str, frozenset[int]] = {}
         # Where to read what a kernel uses, found out at the first look.
         self._groups_of: dict[str, accounting.Groups] = {}
         self._table = accounting.ProcessTable()
@@ -76,7 +82,11 @@ class ProcessBackend:
     def model_place(self, model: Path | None, target: str) -> str:
         return view.model_place(model, target, not self._no_maps)
 
-    async def start(self, plan: Plan) -> None:
+    async def find(self) -> list[fleet_pb2.KernelSpec]:
+        # Nothing is known of a kernel without its folder.
+        return []
+
+    async def start(self, plan: Plan, tell: Tell) -> None:
         folder = plan.handle.folder
         content = view.build(plan, self._home, self._no_maps)
         # First: what is made from here on can be found again.
@@ -155,6 +165,7 @@ class ProcessBackend:
             await self._end_all(handle)
             await in_thread(cgroups.remove, [Path(path) for path in known["cgroups"]])
         self._groups_of.pop(handle.uid, None)
+        self._own_sockets.pop(handle.uid, None)
         watch = self._watches.pop(handle.uid, None)
         if watch is not None:
             watch.close()
@@ -162,6 +173,17 @@ class ProcessBackend:
 
     async def processes(self, handle: Handle) -> frozenset[int]:
         return await asyncio.to_thread(self._processes, handle)
+
+    async def complaint(self, handle: Handle, host: str, port: int) -> str:
+        inodes, problem = await asyncio.to_thread(sockets.reached, port, host)
+        if inodes and inodes == self._own_sockets.get(handle.uid):
+            return ""
+        pids = await self.processes(handle)
+        if problem:
+            return problem + await asyncio.to_thread(sockets.elsewhere, port, pids)
+        problem = await asyncio.to_thread(sockets.stranger, port, inodes, pids)
+        self._own_sockets[handle.uid] = inodes if not problem else frozenset()
+        return problem
 
     def measure(self, handle: Handle) -> Usage | None:
         watch = self._watches.get(handle.uid)

@@ -1,0 +1,35 @@
+"""MIG: the GPU itself keeps its parts apart, memory, processors and faults alike. Nothing is left to do but
+to see that a kernel uses the part that it was given, and no other device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dure.agent.backends.base import Ended
+from dure.agent.enforcement import MIG, Held, Seen
+from dure.fleet.v1 import fleet_pb2
+
+
+class Mig:
+    """See `enforcement.Enforcer`."""
+
+    name = MIG
+
+    async def probe(self, device: fleet_pb2.Device) -> str:
+        return "" if device.parent else "it is no part of a GPU in MIG mode"
+
+    async def inject(self, kernel: Held) -> Mapping[str, str]:
+        return {}
+
+    def verify(self, kernel: Held, seen: Seen) -> str:
+        own = {part.device for part in kernel.parts if part.parent}
+        if len(own) < len(kernel.parts):
+            return "not all of its devices are parts of a GPU in MIG mode"
+        others = sorted(device for device, used in seen.memory_bytes.items() if used and device not in own)
+        return f"it uses {', '.join(others)}, which it was not granted" if others else ""
+
+    def watch(self, kernel: Held, seen: Seen) -> Ended | None:
+        return None
+
+    def forget(self, living: frozenset[str]) -> None:
+        return None

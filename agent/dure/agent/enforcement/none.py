@@ -1,0 +1,30 @@
+"""Nothing keeps a kernel within its part: shares are counted, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dure.agent.backends.base import Ended
+from dure.agent.enforcement import NONE, Held, Seen
+from dure.fleet.v1 import fleet_pb2
+
+
+class Unenforced:
+    """See `enforcement.Enforcer`. Always works, and is always last."""
+
+    name = NONE
+
+    async def probe(self, device: fleet_pb2.Device) -> str:
+        return ""
+
+    async def inject(self, kernel: Held) -> Mapping[str, str]:
+        return {}
+
+    def verify(self, kernel: Held, seen: Seen) -> str:
+        return ""
+
+    def watch(self, kernel: Held, seen: Seen) -> Ended | None:
+        return None
+
+    def forget(self, living: frozenset[str]) -> None:
+        return None
