@@ -5,18 +5,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dure.manager.model import Grant
-from dure.manager.placement import (
-    DeviceCapacity,
-    Node,
-    NoPlace,
-    Placed,
-    Request,
-    explain,
-    fuller,
-    place,
-    portions,
-)
+from dure.manager.devices import DeviceCapacity, portions
+from dure.manager.model import DeviceShare, Grant
+from dure.manager.placement import Node, NoPlace, Placed, Request, explain, fuller, place
 from dure.wire.quantities import CPU, DEVICES, MEM, MILLI, SHARES
 
 GPU = {SHARES: MILLI, DEVICES: MILLI}
@@ -28,8 +19,6 @@ def node(name: str, gpus: int = 2, cpu: int = 8_000, grants: tuple[Grant, ...] =
 
 
 def held(name: str, *shares: tuple[str, int]) -> Grant:
-    from dure.manager.model import DeviceShare
-
     return Grant(name, {}, tuple(DeviceShare(f"{name}-{gpu}", SHARES, amount) for gpu, amount in shares))
 
 
