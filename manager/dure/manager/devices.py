@@ -144,7 +144,7 @@ def _best_connected(
     The set with the shortest ways between its members; then the one that leaves the least, then by id.
     """
     ordered = sorted((d for d in devices if rooms[d.id] >= sizes[-1]), key=lambda d: (rooms[d.id], d.id))
-    # Portions differ by a milli-share at most: of devices with room for a small one only, not all can be used.
+    # Portions differ by a milli-share at most: not every device with room for a small one only can be used.
     tight = {device.id for device in ordered if rooms[device.id] < sizes[0]}
     small = sum(1 for size in sizes if size == sizes[-1])
     if len(ordered) - max(len(tight) - small, 0) < len(sizes):

@@ -81,13 +81,17 @@ def nodes(draw: st.DrawFn) -> list[DeviceCapacity]:
     return [replace(device, distances=table[device.id]) for device in found]
 
 
-shares = st.integers(1, 260).map(lambda hundredths: {SHARES: hundredths * 10})
+# Some that leave room for a smaller portion and not for one that is a milli-share larger.
+amounts = st.integers(1, 260).map(lambda hundredths: hundredths * 10)
+odd = st.sampled_from([166, 167, 168, 499, 500, 501, 1001, 2498, 2500, 2501])
+shares = st.one_of(amounts, amounts, odd).map(lambda amount: {SHARES: amount})
 wholes = st.integers(1, 4).map(lambda count: {DEVICES: count * MILLI})
 steps = st.one_of(
     st.tuples(st.just("place"), st.one_of(shares, wholes), st.sampled_from(["", "", *enforcement.MODES])),
     st.tuples(st.just("place"), shares, st.just("")),
     st.tuples(st.just("end"), st.integers(0, 100), st.just("")),
     st.tuples(st.just("flip"), st.integers(0, 100), st.just("")),
+    st.tuples(st.just("divide"), st.integers(0, 100), st.just("")),
 )
 
 
@@ -106,6 +110,14 @@ def test_any_sequence_keeps_the_books_and_the_agent_agrees(
             assert isinstance(argument, int)
             index = argument % len(devices)
             devices[index] = replace(devices[index], healthy=not devices[index].healthy)
+        elif what == "divide":
+            # A GPU goes into MIG mode, or out of it; what is listed of the other kind is not there.
+            assert isinstance(argument, int)
+            name = devices[argument % len(devices)].id.split("-")[0]
+            on = any(device.parent == name and device.healthy for device in devices)
+            devices = [
+                replace(d, healthy=bool(d.parent) != on) if name in (d.id, d.parent) else d for d in devices
+            ]
         elif what == "place":
             assert isinstance(argument, dict)
             result = fit(argument, least, devices, kernels)
@@ -283,6 +295,12 @@ def test_parts_are_not_joined_and_their_gpu_is_no_device() -> None:
     assert fit({DEVICES: 2000}, "", off, [held(("p1", 100))]) == (
         "cuda.device: 1 whole GPUs free, 2 wanted (2 GPUs out of order)"
     )
+    # Nor is a part one as long as somebody has the GPU.
+    on = [gpu("b", healthy=False), part("p1", "b", 420)]
+    assert given_out(fit({SHARES: 400}, "", on, [])) == [("p1", 400)]
+    busy = [held(("b", 100))]
+    assert str(fit({SHARES: 400}, "", on, busy)).startswith("cuda.shares: 0.00 free, 0.40 wanted")
+    assert "in use as a whole" in agent_says(on, busy, [DeviceShare("p1", SHARES, 400)])
 
 
 def test_refusals_are_told() -> None:
