@@ -60,7 +60,9 @@ def _divided(device: fleet_pb2.Device, devices: Mapping[str, fleet_pb2.Device], 
             return f"device `{device.id}` is a part of a GPU and in use: another kernel has it alone"
         if device.parent in held:
             return f"device `{device.id}` is a part of the GPU `{device.parent}`, which is in use as a whole"
-    elif any(part.parent == device.id and (part.healthy or part.id in held) for part in devices.values()):
+        return ""
+    parts = [part for part in devices.values() if part.parent == device.id]
+    if any(part.id in held or (part.healthy and device.id not in held) for part in parts):
         return f"device `{device.id}` is divided: only its parts can be granted"
     return ""
 

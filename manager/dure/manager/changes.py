@@ -91,6 +91,9 @@ def canonical(endpoint: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
     result.cluster_size = endpoint.cluster_size or 1
     result.priority = endpoint.priority or asked.PRIORITY_DEFAULT
     result.metrics_path = endpoint.metrics_path or asked.METRICS_PATH
+    result.image_pull_policy = endpoint.image_pull_policy or endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT
+    result.security_profile = endpoint.security_profile or endpoint_pb2.SECURITY_PROFILE_DEFAULT
+    result.require_enforcement = asked.require_enforcement(endpoint, [])
     if not endpoint.scale_to_zero_after.ToNanoseconds():
         result.ClearField("scale_to_zero_after")
     for mount in result.extra_mounts:

@@ -89,7 +89,7 @@ def offered(devices: Sequence[DeviceCapacity], grants: Iterable[Grant]) -> list[
 
 
 class _Free:
-    """What is free: `shares` of each device that is offered, and which are untouched (`whole`)."""
+    """What there is beside the grants: the devices that are `offered`, and the free `shares` of each."""
 
     def __init__(self, devices: Sequence[DeviceCapacity], grants: Iterable[Grant]) -> None:
         self.held: dict[str, int] = {}
@@ -98,16 +98,25 @@ class _Free:
             self.held[share.device] = self.held.get(share.device, 0) + share.amount
             if share.slot == DEVICES:
                 taken.add(share.device)
-        # A GPU is in MIG mode as long as a part of it is there, or somebody has one.
-        divided = {device.parent for device in devices if device.healthy or device.id in self.held}
+        # A GPU is in MIG mode if somebody has a part of it, or a part is there and nobody has the GPU.
+        ids = {device.id for device in devices}
+        divided = {
+            device.parent
+            for device in devices
+            if device.id in self.held or (device.healthy and device.parent not in self.held)
+        }
         self.offered = [
             device
             for device in devices
-            if (device.parent not in self.held if device.parent else device.id not in divided)
+            if (
+                device.parent in divided or device.parent not in ids
+                if device.parent
+                else device.id not in divided
+            )
         ]
         self.shares = {
             device.id: 0
-            if device.id in taken or (device.parent and device.id in self.held)
+            if device.id in taken or (device.parent and {device.id, device.parent} & self.held.keys())
             else max(device.slots.get(SHARES, 0) - self.held.get(device.id, 0), 0)
             for device in self.offered
         }

@@ -299,7 +299,7 @@ def test_parts_are_not_joined_and_their_gpu_is_no_device() -> None:
     on = [gpu("b", healthy=False), part("p1", "b", 420)]
     assert given_out(fit({SHARES: 400}, "", on, [])) == [("p1", 400)]
     busy = [held(("b", 100))]
-    assert str(fit({SHARES: 400}, "", on, busy)).startswith("cuda.shares: 0.00 free, 0.40 wanted")
+    assert fit({SHARES: 400}, "", on, busy) == "cuda.shares: 0.00 free, 0.40 wanted (1 GPU out of order)"
     assert "in use as a whole" in agent_says(on, busy, [DeviceShare("p1", SHARES, 400)])
 
 
