@@ -146,7 +146,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = " ".join(value) if isinstance(value, list) else str(value)
-    for prefix in ("CLUSTER_MODE_", "ROLLOUT_STRATEGY_"):
+    for prefix in ("CLUSTER_MODE_", "ROLLOUT_STRATEGY_", "IMAGE_PULL_POLICY_", "SECURITY_PROFILE_"):
         text = text.removeprefix(prefix)
     text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     text = text if len(text) <= CHARACTERS_MAX else f"{text[:CHARACTERS_MAX]}..."
