@@ -6,7 +6,7 @@ import re
 
 from dure.agent.backends.base import Plan, StartFailed
 
-# What the engine's own init (tini, or podman's catatonit) says of a command that it cannot run, and leaves with.
+# What the engine's own init (tini, or podman's catatonit) says of a command that it cannot run.
 _INIT = re.compile(
     r"^(?:\[FATAL tini \(\d+\)\] exec (?P<name>.*) failed"
     r"|ERROR \(catatonit.*exec pid1): (?P<why>.*)$"
