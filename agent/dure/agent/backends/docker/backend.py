@@ -30,7 +30,7 @@ from dure.agent.backends.base import (
     StartFailed,
     Tell,
 )
-from dure.agent.backends.docker import gate, labels, node, request, starting
+from dure.agent.backends.docker import gate, labels, node, request, starting, users
 from dure.agent.backends.docker.engine import SLOW_S, Engine, EngineError, NoAnswer, NotThere, Refusal, url
 from dure.agent.backends.docker.images import Images
 from dure.agent.backends.docker.labels import Owner, Seen
@@ -361,6 +361,19 @@ class DockerBackend:
             lambda client: client.create_container_from_config(body, name), SLOW_S, whole=True
         )
         kernel.container = str(made["Id"])
+        owner = await self._user_of(kernel.container, request.user(image, container.strict))
+        await asyncio.to_thread(users.give, plan.handle.folder / "home", owner)
+
+    async def _user_of(self, container: str, user: str) -> tuple[int, int] | None:
+        if users.is_plain(user):
+            return users.numbers(user)
+        try:
+            passwd = await self._engine.call(
+                lambda client: users.unpack(client.get_archive(container, "/etc/passwd")[0])
+            )
+        except NotThere:
+            passwd = ""
+        return users.numbers(user, passwd)
 
     async def _begin(self, plan: Plan, container: Container, kernel: _Kernel) -> None:
         """Starts the container, on a port that nobody's proxy may still remember."""
@@ -383,8 +396,6 @@ class DockerBackend:
         folder = plan.handle.folder
         home = folder / "home"
         home.mkdir(mode=0o700, exist_ok=True)
-        # Whoever the image's user is; above it, only the agent's user may enter.
-        home.chmod(0o777)
         if plan.cluster is not None:
             ssh = home / ".ssh"
             ssh.mkdir(mode=0o700, exist_ok=True)
