@@ -22,8 +22,9 @@ from dure.wire.quantities import DEVICES, MILLI, SHARES, format_slot
 
 # Distance of devices of which nobody said how they are connected: as far as can be.
 FARTHEST = 50
-# Sets of devices that are compared one by one; beyond, they are grown from this many beginnings.
-SETS_MAX, BEGINNINGS_MAX = 1_000, 32
+# Sets of devices that are compared one by one. Beyond, sets are grown from as many beginnings as take so many
+# looks at a pair: placement happens within a transaction, and must not take longer than some milliseconds.
+SETS_MAX, LOOKS_MAX = 256, 10_000
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _best_connected(
             if sum(device.id in tight for device in chosen) <= small
         )
     else:
-        sets = (_grow(first, ordered, len(sizes), tight, small) for first in ordered[:BEGINNINGS_MAX])
+        beginnings = ordered[: max(1, LOOKS_MAX // (len(ordered) * len(sizes)))]
+        sets = (_grow(first, ordered, len(sizes), tight, small) for first in beginnings)
     best = min(sets, key=lambda chosen: _spread(chosen, rooms))
     return sorted(best, key=lambda device: (device.id in tight, rooms[device.id], device.id))
 
