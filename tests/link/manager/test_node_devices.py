@@ -152,6 +152,16 @@ def test_a_gpu_that_falls_off_is_left_and_taken_again_when_it_is_back(tmp_path: 
             await node.devices(gpu("g0"), gpu("g0"))
             await until(lambda: _is(lambda: "one id" in node.failure))
             assert len((await admin.agents.get("node-1")).devices) == 2
+        # An agent that comes again without one of them says so by its hello.
+        (left,) = again.devices
+        gone = "g1" if left.device == "g0" else "g0"
+        async with agent(running, admin, "node-1", devices=[gpu(left.device)]):
+
+            async def heard() -> bool:
+                found = [event.message async for event in admin.endpoints.events("e")]
+                return f"node-1: GPU `{gone}` is not there any more" in found
+
+            await until(heard)
 
     with_inside(tmp_path / "manager", body)
 
