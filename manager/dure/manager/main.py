@@ -41,6 +41,7 @@ from dure.manager.model_api import ModelApi
 from dure.manager.observer import Observer
 from dure.manager.preset_api import PresetApi
 from dure.manager.project_api import ProjectApi
+from dure.manager.pulls import Pulls
 from dure.manager.registry_api import RegistryApi
 from dure.manager.revising import Revising
 from dure.manager.routing_api import RoutingApi
@@ -169,14 +170,15 @@ async def run(options: Settings) -> None:
             fleet.expect([(uid, group) for uid, group in rows])
         # A table of its own for each start of a manager: see hub.
         hub = Hub(table_id=new_uid(), keys=keys.public())
-        intake = Intake(store)
+        pulls = Pulls()
+        intake = Intake(store, pulls)
         autoscaler = Autoscaler(store, fleet, hub, monotonic_ms)
         measures = autoscaler.measures
         controller = Controller(store, fleet, hub, measures)
         relay = LogRelay(fleet)
         log_reader = LogReader(store, fleet, relay)
         revising = Revising(store, folders)
-        validating = Validating(store, fleet, folders, revising, log_reader)
+        validating = Validating(store, fleet, folders, revising, log_reader, pulls)
         await validating.clean_up()
         await controller.build()
         trail = Trail(store)
@@ -188,7 +190,7 @@ async def run(options: Settings) -> None:
         services.register(
             server,
             [
-                EndpointApi(store, fleet, revising, validating, log_reader),
+                EndpointApi(store, fleet, revising, validating, log_reader, pulls),
                 FolderApi(store, folders),
                 ModelApi(store, folders, revising.create),
                 TokenApi(store, keys),

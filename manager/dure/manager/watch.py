@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.manager import schema, scope
-from dure.manager.store import Store
+from dure.manager.store import Key, Store
 from dure.v1 import endpoint_pb2
 from dure.wire import errors, names
 
@@ -39,16 +39,28 @@ class Watcher:
         if self._open >= WATCHES_MAX:
             raise errors.ResourceExhausted(f"{WATCHES_MAX} watches are open; close some")
         wake = asyncio.Event()
-        unlisten = self._store.listen(lambda _revision, _keys: wake.set())
+        # Endpoints of which something moved that is in no revision.
+        moved: set[str] = set()
+
+        def listen(_revision: int, keys: list[Key]) -> None:
+            moved.update(uid for kind, uid in keys if kind == "progress")
+            wake.set()
+
+        unlisten = self._store.listen(listen)
         self._open += 1
         try:
-            await self._serve(request, context, shown, wake)
+            await self._serve(request, context, shown, wake, moved)
         finally:
             self._open -= 1
             unlisten()
 
     async def _serve(
-        self, request: endpoint_pb2.WatchEndpointsRequest, context: Any, shown: Shown, wake: asyncio.Event
+        self,
+        request: endpoint_pb2.WatchEndpointsRequest,
+        context: Any,
+        shown: Shown,
+        wake: asyncio.Event,
+        moved: set[str],
     ) -> None:
         one = "/endpoints/" in request.name
         async with self._store.read() as session:
@@ -73,6 +85,10 @@ class Watcher:
                     "the revisions after resume_after are no longer kept; start over with 0"
                 )
             uids = [uid for uid in uids if only is None or uid == only]
+            # A watch of a whole project has no replicas, and so shows no progress.
+            if only in moved and only not in uids:
+                uids.append(only)
+            moved.clear()
             # One that resumes hears at once that it is up to date, even if nothing happened.
             if uids or news:
                 await self._send(context, project, uids, newest, shown, one)
