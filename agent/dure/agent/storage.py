@@ -57,20 +57,20 @@ class ManagerStorage:
         async for piece in _messages(self._stub.FetchFile(request, metadata=bearer(self._credential))):
             yield piece.data
 
-    async def image_credential(self, kernel_uid: str) -> tuple[str, str]:
+    async def image_credential(self, kernel_uid: str, limit_s: float = CREDENTIAL_LIMIT_S) -> tuple[str, str]:
         """User and password for the registry of a kernel's image, both empty if the manager knows none. They
         are for this moment, and not kept. Raises errors of ours: the manager may be away for longer than we
         wait."""
         request = fleet_pb2.GetImageCredentialRequest(kernel_uid=kernel_uid)
         try:
-            async with asyncio.timeout(CREDENTIAL_LIMIT_S):
+            async with asyncio.timeout(limit_s):
                 await self.welcome()
                 answer = await self._stub.GetImageCredential(
                     request, metadata=bearer(self._credential), wait_for_ready=True
                 )
         except TimeoutError as error:
             raise TimedOut(
-                f"the manager did not say within {CREDENTIAL_LIMIT_S:g} s with what to fetch the image"
+                f"the manager did not say within {limit_s:g} s with what to fetch the image"
             ) from error
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -14,6 +14,7 @@ from dure.client.cli.options import Shell, command
 from dure.client.cli.tables import Table
 from dure.client.cli.text import age
 from dure.v1.registry_pb2 import Registry
+from dure.wire.images import registry_host
 
 # More than a manager takes: what is piped in by mistake is not read to its end.
 PASSWORD_READ_MAX = 64 * 1024
@@ -28,8 +29,21 @@ def registry() -> None:
     """
 
 
+def _checked(_: click.Context, __: click.Parameter, text: str) -> str:
+    """Before a password is asked for."""
+    if text.startswith("projects/"):
+        return text
+    try:
+        return registry_host(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+_host = click.argument("host", callback=_checked)
+
+
 @command(registry, "set", output=True)
-@click.argument("host")
+@_host
 @click.option("-u", "--username", required=True, metavar="NAME", help="User at the registry.")
 @click.option("--password-stdin", is_flag=True, help="Read the password or token from stdin.")
 async def set_(shell: Shell, host: str, username: str, password_stdin: bool) -> None:
@@ -54,7 +68,7 @@ async def list_(shell: Shell) -> None:
 
 
 @command(registry, "delete")
-@click.argument("host")
+@_host
 async def delete(shell: Shell, host: str) -> None:
     """Forget a credential. What runs goes on; images that nodes have stay there."""
     async with shell.client() as client:
