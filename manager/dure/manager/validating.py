@@ -26,7 +26,7 @@ from dure.manager.placement import Placed
 from dure.manager.pulls import Pulls
 from dure.manager.revising import Revising
 from dure.manager.showing import shown_replicas
-from dure.manager.store import Store, new_uid, now_ms
+from dure.manager.store import Key, Store, new_uid, now_ms
 from dure.v1 import endpoint_pb2
 from dure.v1.endpoint_pb2 import ValidateEndpointResponse, ValidationOutcome
 from dure.wire import errors, names
@@ -142,7 +142,7 @@ class Validating:
         """Sends events, and how far images are, until the session is healthy or has failed."""
         seen = ""
         pulling: dict[str, endpoint_pb2.Kernel] = {}
-        async for _ in self._changes():
+        async for _ in self._changes(row.uid):
             async with self._store.read() as session:
                 events = list(
                     await session.scalars(
@@ -191,10 +191,15 @@ class Validating:
             if kernel.HasField("pull")
         }
 
-    async def _changes(self) -> AsyncIterator[None]:
-        """Comes back whenever the store has changed, and now and then."""
+    async def _changes(self, uid: str) -> AsyncIterator[None]:
+        """Comes back whenever the store has changed, an image of this endpoint moved on, and now and then."""
         changed = asyncio.Event()
-        unlisten = self._store.listen(lambda _revision, _keys: changed.set())
+
+        def listen(_revision: int, keys: list[Key]) -> None:
+            if any(key == ("progress", uid) or key[0] != "progress" for key in keys):
+                changed.set()
+
+        unlisten = self._store.listen(listen)
         try:
             while True:
                 changed.clear()
