@@ -41,21 +41,6 @@ class ManagerStorage:
         assert self._welcome is not None
         return self._welcome
 
-    async def image_credential(self, kernel_uid: str) -> tuple[str, str]:
-        """User and password for the registry of a kernel's image; both empty if the manager knows none."""
-        await self.welcome()
-        try:
-            answer = await self._stub.GetImageCredential(
-                fleet_pb2.GetImageCredentialRequest(kernel_uid=kernel_uid),
-                metadata=bearer(self._credential),
-                timeout=SILENCE_LIMIT_S,
-            )
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                return "", ""
-            raise from_rpc(error) from error
-        return answer.username, answer.password
-
     async def manifest(self, folder_uid: str) -> list[fleet_pb2.ManifestFile]:
         call = self._stub.GetFolderManifest(
             fleet_pb2.GetFolderManifestRequest(folder_uid=folder_uid), metadata=bearer(self._credential)
