@@ -40,7 +40,6 @@ from dure.agent.starts import Start
 from dure.agent.storage import ManagerStorage
 from dure.fleet.v1 import fleet_pb2
 from dure.wire.backoff import backoff_s
-from dure.wire.errors import DureError
 from dure.wire.tracing import Tracing
 
 LOG_TAIL_BYTES = 4096
@@ -289,10 +288,7 @@ class Runner:
         )
 
     async def _credential(self) -> tuple[str, str]:
-        try:
-            return await self._node.storage.image_credential(self.spec.uid)
-        except DureError as error:
-            raise StartFailed(f"cannot fetch image `{self.spec.image}`: {error}", "IMAGE_FAILED") from error
+        return await self._node.storage.image_credential(self.spec.uid)
 
     async def _follow(self) -> None:
         seen: Observation | None = None

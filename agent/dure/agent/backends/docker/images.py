@@ -179,14 +179,11 @@ class Images:
         layer_id = str(message.get("id") or "")
         # The first message has the tag for its id.
         if layer_id and not str(message["status"]).startswith("Pulling from"):
-            # Engines leave out the size of a layer that is here; what a person sees must not shrink by that.
-            known = pull.layers[layer_id].total_bytes if layer_id in pull.layers else 0
-            total = int(detail.get("total") or 0) or known
             pull.layers[layer_id] = fleet_pb2.ImageLayer(
                 id=layer_id[:64],
                 status=str(message["status"])[:64],
                 current_bytes=int(detail.get("current") or 0),
-                total_bytes=total,
+                total_bytes=int(detail.get("total") or 0),
             )
             pull.moved.set()
 
