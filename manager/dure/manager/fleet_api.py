@@ -20,8 +20,9 @@ from dure.manager.joining import join
 from dure.manager.log_relay import LogRelay
 from dure.manager.measures import Measures
 from dure.manager.model import KernelPhase
+from dure.manager.sealing import Seal
 from dure.manager.store import Store
-from dure.wire import errors
+from dure.wire import errors, images
 from dure.wire.channel import PIECE_BYTES
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,10 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
         folders: Folders,
         relay: LogRelay,
         measures: Measures,
+        seal: Seal,
         stop_grace_ms: int,
     ) -> None:
+        self._seal = seal
         self._measures = measures
         self._store = store
         self._relay = relay
@@ -222,14 +225,8 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
 
     async def _spec(self, session: Any, row: schema.Kernel) -> fleet_pb2.KernelSpec:
         replica = await session.get_one(schema.Replica, row.replica_uid)
-        key = (row.endpoint_uid, replica.revision)
-        if key not in self._templates:
-            revision = await session.get_one(schema.Revision, key)
-            self._templates[key] = fleet_pb2.KernelSpec.FromString(revision.kernel)
-            if len(self._templates) > TEMPLATES_MAX:
-                self._templates.popitem(last=False)
         spec = fleet_pb2.KernelSpec()
-        spec.CopyFrom(self._templates[key])
+        spec.CopyFrom(await self._template(session, row.endpoint_uid, replica.revision))
         spec.uid, spec.session_uid, spec.generation = row.uid, row.session_uid, row.generation
         spec.replica_uid = row.replica_uid
         spec.session_name = f"{spec.endpoint}-{row.replica_uid[-6:]}"
@@ -247,6 +244,15 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             spec.security_profile = fleet_pb2.SECURITY_PROFILE_STRICT
         spec.stop_grace_ms = self._stop_grace_ms
         return spec
+
+    async def _template(self, session: Any, endpoint_uid: str, revision: int) -> fleet_pb2.KernelSpec:
+        key = (endpoint_uid, revision)
+        if key not in self._templates:
+            row = await session.get_one(schema.Revision, key)
+            self._templates[key] = fleet_pb2.KernelSpec.FromString(row.kernel)
+            if len(self._templates) > TEMPLATES_MAX:
+                self._templates.popitem(last=False)
+        return self._templates[key]
 
     async def _cluster(self, session: Any, row: schema.Kernel) -> fleet_pb2.Cluster:
         """The place of a kernel among those of its session."""
@@ -269,6 +275,25 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
     async def SendLogs(self, _requests: Any, context: Context) -> fleet_pb2.SendLogsResponse:
         await self._relay.take(auth.current().uid, context)
         return fleet_pb2.SendLogsResponse()
+
+    async def GetImageCredential(
+        self, request: fleet_pb2.GetImageCredentialRequest, context: Context
+    ) -> fleet_pb2.GetImageCredentialResponse:
+        async with self._store.read() as session:
+            kernel = await session.get(schema.Kernel, request.kernel_uid)
+            # An agent fetches the images of its own kernels, no others.
+            if kernel is None or kernel.agent_uid != auth.current().uid or kernel.phase == KernelPhase.GONE:
+                raise errors.PermissionDenied(f"this agent has no kernel {request.kernel_uid[:60]}")
+            replica = await session.get_one(schema.Replica, kernel.replica_uid)
+            endpoint = await session.get_one(schema.Endpoint, kernel.endpoint_uid)
+            template = await self._template(session, endpoint.uid, replica.revision)
+            host = images.registry_of(template.image)
+            registry = await session.get(schema.Registry, (endpoint.project_uid, host))
+        if registry is None or not template.image:
+            return fleet_pb2.GetImageCredentialResponse()
+        return fleet_pb2.GetImageCredentialResponse(
+            username=registry.username, password=self._seal.open(registry.password)
+        )
 
     async def GetFolderManifest(  # type: ignore[override]
         self, request: fleet_pb2.GetFolderManifestRequest, context: Context

@@ -194,6 +194,18 @@ class Folder(Base):
     created_ms: Mapped[int]
 
 
+class Registry(Base):
+    """With what images of a registry are fetched for a project. `password` is sealed (see `sealing`)."""
+
+    __tablename__ = "registries"
+    project_uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    host: Mapped[str] = mapped_column(String(128), primary_key=True)
+    username: Mapped[str]
+    password: Mapped[bytes] = mapped_column(LargeBinary)
+    created_ms: Mapped[int]
+    updated_ms: Mapped[int]
+
+
 class Endpoint(Base):
     """An endpoint. A row of a deleted one is kept with `deleted_ms`, and `living_name` empty (null)."""
 

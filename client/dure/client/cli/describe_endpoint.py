@@ -11,6 +11,7 @@ from dure.client.cli.describe import facts, section
 from dure.client.cli.text import clean, figure, milliseconds, moment
 from dure.client.manifest import to_manifest
 from dure.client.notation import amount, command_text, mount_source, mount_target, steps_text
+from dure.client.pulls import sentence
 from dure.client.waiting import rollout_summary
 from dure.v1.endpoint_pb2 import Endpoint, Event, Replica
 from dure.v1.scaling_pb2 import EndpointMeasurements
@@ -58,6 +59,7 @@ def endpoint(
         if several:
             click.echo("\nKernels")
             tables.show(tables.kernels(several), color=color)
+    section("Images", [clean(line) for line in image_lines(item)])
     if events:
         click.echo("\nNewest events" if len(events) >= EVENTS_SHOWN else "\nEvents")
         tables.show(tables.events(events), color=color)
@@ -177,6 +179,17 @@ def _cluster(item: Endpoint) -> str:
 
 def _pairs(values: dict[str, str]) -> str:
     return ", ".join(f"{key}={values[key]}" for key in sorted(values))
+
+
+def image_lines(item: Endpoint) -> list[str]:
+    """A line for each kernel whose image is being fetched."""
+    return [
+        f"{tables.short_uid(replica.uid)} {kernel.host} on {tables.last(kernel.node)}: "
+        f"{sentence(kernel.pull)}"
+        for replica in item.replicas
+        for kernel in replica.kernels
+        if kernel.HasField("pull")
+    ]
 
 
 def rollout_lines(item: Endpoint) -> list[str]:
