@@ -226,10 +226,11 @@ def _fit(request: Request, node: Node, on_host: Sequence[Grant], *, main: bool) 
     parts = devices.fit(request.slots, request.enforcement, node.devices, node.grants)
     if isinstance(parts, str):
         missing.append(parts)
-    if request.fixed_port and any(request.fixed_port == grant.fixed_port for grant in on_host):
+    fixed_port = request.fixed_port if _shares_network(request, node) else 0
+    if fixed_port and any(fixed_port == grant.fixed_port for grant in on_host):
         missing.append(
-            f"port {request.fixed_port} is taken on this host by another session; write `{{port}}` instead "
-            f"of {request.fixed_port} in the definition's command, then each session gets its own"
+            f"port {fixed_port} is taken on this host by another session; write `{{port}}` instead of "
+            f"{fixed_port} in the definition's command, then each session gets its own"
         )
     rendezvous_port = 0
     if main and request.size > 1:
@@ -240,7 +241,13 @@ def _fit(request: Request, node: Node, on_host: Sequence[Grant], *, main: bool) 
         return ", ".join(missing)
     assert not isinstance(parts, str)
     plain = {slot: amount for slot, amount in request.slots.items() if slot in (CPU, MEM)}
-    return Grant(node.uid, plain, parts, request.fixed_port, rendezvous_port)
+    return Grant(node.uid, plain, parts, fixed_port, rendezvous_port)
+
+
+def _shares_network(request: Request, node: Node) -> bool:
+    """Whether a number that a command names is one of the node's: a session in images has a network of its
+    own, unless it may span nodes."""
+    return not node.runs_images or (request.several_nodes and request.size > 1)
 
 
 def _unfit(request: Request, node: Node) -> str:

@@ -236,3 +236,17 @@ def test_gangs_keep_the_books_and_are_whole(steps: list) -> None:
             for kernel in placed.kernels:
                 nodes[kernel.node.name] = fuller(nodes[kernel.node.name], kernel.grant)
         check_books(nodes.values())
+
+
+def test_a_port_in_a_command_is_a_containers_own() -> None:
+    wanted = Request({"cpu": 100}, "default", fixed_port=8000)
+    taken = (Grant("n1", {"cpu": 100}, fixed_port=8000),)
+    for runs_images, several, size, fits in (
+        (False, False, 1, False),
+        (True, False, 1, True),
+        (True, True, 1, True),
+        (True, True, 2, False),
+    ):
+        one = replace(node("n1", gpus=0), grants=taken, runs_images=runs_images)
+        request = replace(wanted, several_nodes=several, size=size)
+        assert isinstance(place(request, [one]), Placed) is fits
