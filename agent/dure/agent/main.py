@@ -16,8 +16,9 @@ import click
 import uvloop
 
 from dure.agent import exposition, machine, ports, prober
-from dure.agent.accelerators import Accelerator, Found, Request
+from dure.agent.accelerators import Accelerator, Request
 from dure.agent.backends.base import Abilities, Backend
+from dure.agent.device_watch import DeviceWatch
 from dure.agent.folders import Folders
 from dure.agent.leases import Leases, default_lease_dir
 from dure.agent.link import Link, Refused
@@ -227,18 +228,33 @@ async def _serve(options: Options) -> None:
     backend = _load_backend(options.home)
     abilities = await backend.probe()
     plugins = _load_accelerators()
-    found = await _find_devices(options, plugins)
-    hello = _hello(options, host, backend.name, abilities, found)
-    for limitation in hello.limitations:
+    for limitation in (*abilities.limitations, *abilities.no_devices.values()):
         _log.warning("%s", limitation)
     traces = tracing.set_up("agent", options.name)
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
         stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(connection)
         storage = ManagerStorage(stub)
-        devices = {one.id: one for one in found.devices}
+        devices: dict[str, fleet_pb2.Device] = {}
         node = _node(options, host, backend, devices, storage, http, traces)
         supervisor = Supervisor(options.home, node)
+        watch = DeviceWatch(
+            plugins,
+            Request(options.name, options.simulated_gpus),
+            devices,
+            supervisor,
+            supervisor.changed.set,
+            file=options.home / "devices.pb",
+            held=await supervisor.held_before(),
+            limitations=abilities.limitations,
+            withheld=abilities.no_devices,
+        )
+        watching = asyncio.create_task(watch.run())
+        await watch.first()
         await supervisor.adopt()
+
+        def hello() -> fleet_pb2.Hello:
+            return _hello(options, host, backend.name, abilities, watch)
+
         logs_sent = LogSender(stub, node.logs, supervisor.has_ended)
         measurer = Measurer(
             backend, plugins, devices, supervisor.running, supervisor.changed.set, node.counts
@@ -253,22 +269,25 @@ async def _serve(options: Options) -> None:
             storage=storage,
             logs=logs_sent,
             measurer=measurer,
+            watch=watch,
         )
 
         async def page() -> str:
             return exposition.render(
                 agent=options.name,
-                version=hello.version,
+                version=version("dure"),
                 connected=link.connected,
                 streams=link.streams,
                 phases=supervisor.phases(),
                 newest=measurer.newest,
+                devices=list(devices.values()),
                 counts=node.counts,
             )
 
         async with metrics_server.serving(options.metrics_bind, options.metrics_port, page):
             linked = asyncio.create_task(link.run())
-            working = [linked, asyncio.create_task(node.logs.run()), asyncio.create_task(measurer.run())]
+            kept = [asyncio.create_task(node.logs.run()), asyncio.create_task(measurer.run())]
+            working = [linked, watching, *kept]
             waited: set[asyncio.Future[Any]] = {asked, linked}
             try:
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -359,17 +378,9 @@ def _load_accelerators() -> list[Accelerator]:
     return sorted(plugins, key=lambda plugin: plugin.order)
 
 
-async def _find_devices(options: Options, plugins: list[Accelerator]) -> Found:
-    devices: tuple[fleet_pb2.Device, ...] = ()
-    limitations: tuple[str, ...] = ()
-    for plugin in plugins:
-        found = await plugin.find(Request(options.name, options.simulated_gpus, devices))
-        devices += found.devices
-        limitations += found.limitations
-    return Found(devices, limitations)
-
-
-def _hello(options: Options, host: str, backend: str, abilities: Abilities, found: Found) -> fleet_pb2.Hello:
+def _hello(
+    options: Options, host: str, backend: str, abilities: Abilities, watch: DeviceWatch
+) -> fleet_pb2.Hello:
     return fleet_pb2.Hello(
         protocol_version=PROTOCOL_VERSION,
         version=version("dure"),
@@ -379,8 +390,8 @@ def _hello(options: Options, host: str, backend: str, abilities: Abilities, foun
         boot_id=machine.boot_id(),
         backend=backend,
         slots={quantities.CPU: options.cpu_milli, quantities.MEM: options.memory_milli},
-        devices=found.devices,
-        limitations=[*abilities.limitations, *found.limitations],
+        devices=watch.begin_stream(),
+        limitations=watch.limitations,
         maps_mounts=abilities.maps_mounts,
         runs_images=abilities.runs_images,
         architecture=platform.machine(),
