@@ -55,6 +55,7 @@ class Options:
     session_ports: range
     lease_dir: Path
     folder_cache_bytes: int
+    numa_pinning: bool
     metrics_bind: str
     metrics_port: int
 
@@ -127,6 +128,11 @@ def _only_member(data_dir: Path) -> str:
 )
 @click.option(
     "--folder-cache", default="100g", show_default=True, help="Bound of the cache of fetched folders."
+)
+@click.option(
+    "--numa-pinning",
+    is_flag=True,
+    help="Keep sessions on the cores and memory that are near their GPUs.",
 )
 @click.option(
     "--metrics-port",
@@ -206,6 +212,7 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         lease_dir=given["lease_dir"],
         folder_cache_bytes=_amount("--folder-cache", quantities.MEM, given["folder_cache"])
         // quantities.MILLI,
+        numa_pinning=given["numa_pinning"],
         metrics_bind=given["metrics_bind"],
         metrics_port=given["metrics_port"],
     )
@@ -228,7 +235,8 @@ async def _serve(options: Options) -> None:
     backend = _load_backend(options.home)
     abilities = await backend.probe()
     plugins = _load_accelerators()
-    for limitation in (*abilities.limitations, *abilities.no_devices.values()):
+    limitations = [*abilities.limitations, *_no_pinning(options, abilities)]
+    for limitation in (*limitations, *abilities.no_devices.values()):
         _log.warning("%s", limitation)
     traces = tracing.set_up("agent", options.name)
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
@@ -245,7 +253,7 @@ async def _serve(options: Options) -> None:
             supervisor.changed.set,
             file=options.home / "devices.pb",
             held=await supervisor.held_before(),
-            limitations=abilities.limitations,
+            limitations=limitations,
             withheld=abilities.no_devices,
         )
         watching = asyncio.create_task(watch.run())
@@ -335,6 +343,7 @@ def _node(
         devices=devices,
         http=http,
         logs=LogArchive(options.home),
+        numa_nodes=machine.numa_nodes() if options.numa_pinning else {},
         tracing=traces,
     )
 
@@ -376,6 +385,11 @@ def _load_accelerators() -> list[Accelerator]:
     """In the order in which they are asked."""
     plugins: list[Accelerator] = [entry.load()() for entry in entry_points(group="dure.agent.accelerators")]
     return sorted(plugins, key=lambda plugin: plugin.order)
+
+
+def _no_pinning(options: Options, abilities: Abilities) -> list[str]:
+    why = abilities.no_pinning or ("" if machine.numa_nodes() else "the machine does not tell its NUMA nodes")
+    return [f"sessions are not pinned to NUMA nodes: {why}"] if options.numa_pinning and why else []
 
 
 def _hello(

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from dure.agent import clusters, devices, environment, health, machine, ports, prober
+from dure.agent import clusters, devices, environment, health, machine, numa, ports, prober
 from dure.agent.backends import outcome
 from dure.agent.backends.base import (
     Backend,
@@ -58,6 +58,8 @@ class Node:
     logs: LogArchive
     counts: Counts = field(default_factory=Counts)
     tracing: Tracing | None = None
+    # The machine's NUMA nodes, by number, if kernels are to be pinned to them.
+    numa_nodes: Mapping[int, numa.Node] = field(default_factory=dict)
 
 
 class Runner:
@@ -235,6 +237,7 @@ class Runner:
             devices=self._node.devices,
             inherited=os.environ,
         )
+        pin = self._pin()
         return Plan(
             handle=self.handle,
             model=model,
@@ -252,7 +255,14 @@ class Runner:
             extra_mounts=extra,
             shared_memory_bytes=spec.shared_memory_bytes,
             cluster=cluster,
+            cpus=pin.cpus,
+            memory_nodes=pin.memory_nodes,
         )
+
+    def _pin(self) -> numa.Pin:
+        granted = [self._node.devices[grant.device] for grant in self.spec.devices]
+        cpu_milli, memory_bytes = self.spec.slots.get("cpu", 0), self.spec.slots.get("mem", 0) // 1000
+        return numa.pin(granted, cpu_milli, memory_bytes, self._node.numa_nodes)
 
     async def _follow(self) -> None:
         seen: Observation | None = None

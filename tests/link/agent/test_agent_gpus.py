@@ -12,6 +12,8 @@ import pytest
 from agent_fakes import AgentProcess, FakeManager, cluster, spec
 from gpu.stand_in import DRIVER_NOT_LOADED, GpuNode, needs_cc
 
+from dure.agent import machine, numa
+from dure.agent.backends.cgroups import Cgroups
 from dure.fleet.v1 import fleet_pb2
 
 GIB = 2**30
@@ -233,6 +235,45 @@ def test_an_agent_whose_driver_hangs_from_the_start_joins_without_it(tmp_path: P
             await manager.until(lambda: "GPU-a" in manager.devices, 30)
 
     asyncio.run(run())
+
+
+def test_a_kernel_is_pinned_to_the_node_of_its_gpu(tmp_path: Path) -> None:
+    if Cgroups.probe().no_pinning:
+        pytest.skip("needs a control group for cpusets")
+    state = {"gpus": [{**TWO["gpus"][0], "numa": 0}, {**TWO["gpus"][1], "numa": 77}]}
+    node = GpuNode(tmp_path / "node", state)
+    cores = numa.written(machine.numa_nodes()[0].cpus)
+
+    async def run() -> None:
+        async with cluster(tmp_path, PORTS, "--numa-pinning", prefix=node.prefix) as (manager, agent):
+            assert not [said for said in manager.limitations if "pinned" in said]
+            manager.want(user(node, K1, "GPU-a"), user(node, K2, "GPU-b"))
+            for uid in (K1, K2):
+                await manager.healthy(uid)
+            assert _cpuset(manager.statuses[K1].pid) == (f"/dure/{K1}", cores, "0")
+            # Its node has no cores, or is not there.
+            assert _cpuset(manager.statuses[K2].pid)[1] in ("", cores)
+            # The next agent ends it all the same.
+            await agent.end(signal.SIGKILL)
+            await agent.start()
+            await manager.until(lambda: manager.complete_reports == 2)
+            manager.unwant(K1)
+            await manager.gone(K1)
+            assert not list(Path("/sys/fs/cgroup").glob(f"*/dure/{K1}"))
+
+    asyncio.run(run())
+
+
+def _cpuset(pid: int) -> tuple[str, str, str]:
+    """The end of the name of its group, its cores and its memory nodes."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        root = Path("/sys/fs/cgroup") / (names or "unified")
+        folder = (root if root.exists() else root.parent) / path.lstrip("/")
+        if (folder / "cpuset.cpus").exists():
+            cpus, memory = ((folder / name).read_text().strip() for name in ("cpuset.cpus", "cpuset.mems"))
+            return "/".join(["", *path.split("/")[-2:]]), cpus, memory
+    return "", "", ""
 
 
 def _worker(agent: AgentProcess) -> int:

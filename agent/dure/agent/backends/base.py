@@ -121,6 +121,9 @@ class Plan:
     extra_mounts: tuple[ExtraMount, ...] = ()
     # 0 for the back end's default.
     shared_memory_bytes: int = 0
+    # What pins it to a NUMA node: cores and memory nodes in the kernel's own notation, empty for anywhere.
+    cpus: str = ""
+    memory_nodes: str = ""
     # None for a session of one.
     cluster: ClusterFiles | None = None
     # For a back end that contains.
@@ -159,6 +162,8 @@ class Abilities:
     limitations: tuple[str, ...] = field(default=())
     # Why GPUs of an accelerator, by its name, cannot be given to kernels; what is not named can.
     no_devices: Mapping[str, str] = field(default_factory=dict)
+    # Why kernels cannot be pinned to NUMA nodes; empty if they can.
+    no_pinning: str = ""
 
 
 class StartFailed(Exception):
