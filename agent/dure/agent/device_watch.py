@@ -125,7 +125,9 @@ class DeviceWatch:
 
     async def _round(self) -> None:
         found = await self._find()
-        after = device_changes.changes(self._devices, found, self._held | self._kernels.held(), self._withheld)
+        after = device_changes.changes(
+            self._devices, found, self._held | self._kernels.held(), self._withheld
+        )
         self._devices.clear()
         self._devices.update(after.devices)
         for sentence in after.troubles:

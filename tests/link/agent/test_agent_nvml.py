@@ -44,7 +44,8 @@ assert not os.path.exists(f"/proc/{first}"), "it was not killed"
 write()
 answers = []
 both = [
-    threading.Thread(target=lambda kind=kind: answers.append(client.ask(kind, 10))) for kind in ("devices", "uses")
+    threading.Thread(target=lambda kind=kind: answers.append(client.ask(kind, 10)))
+    for kind in ("devices", "uses")
 ]
 for one in both:
     one.start()

@@ -113,7 +113,9 @@ def test_changes_are_told_once(tmp_path: Path) -> None:
             looks = len(plugin.requests)
             await until(lambda: len(plugin.requests) > looks + 3)
             assert watched.wakes == 1 and watch.take() is None
-            plugin.found = Found((*plugin.found.devices, device("b", "H100", GIB, "cuda")), ("GPU 2 is sick",))
+            plugin.found = Found(
+                (*plugin.found.devices, device("b", "H100", GIB, "cuda")), ("GPU 2 is sick",)
+            )
             await until(lambda: watched.wakes == 2)
             news = watch.take()
             assert news is not None and [one.id for one in news.devices] == ["a", "b"]

@@ -18,10 +18,19 @@ from dure.fleet.v1 import fleet_pb2
 GIB = 2**30
 
 
-def gpu(uid: str, index: int, error: str = "", lost: bool = False, parts: int | None = None) -> dict[str, Any]:
+def gpu(
+    uid: str, index: int, error: str = "", lost: bool = False, parts: int | None = None
+) -> dict[str, Any]:
     """A GPU in the worker's words; one that does not answer has forgotten all but its place."""
     made = [
-        {"id": f"MIG-{uid}-{part}", "model": "part", "memory_bytes": 10 * GIB, "slices": 1, "memory": {}, "mps": []}
+        {
+            "id": f"MIG-{uid}-{part}",
+            "model": "part",
+            "memory_bytes": 10 * GIB,
+            "slices": 1,
+            "memory": {},
+            "mps": [],
+        }
         for part in range(parts or 0)
     ]
     return {

@@ -67,9 +67,14 @@ def test_a_machine_tells_its_nodes(tmp_path: Path) -> None:
     for name, cpus in (("node0", own), ("node1", "60000-60003"), ("node2", ""), ("node3", own)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cpulist").write_text(f"{cpus}\n")
-        (tmp_path / name / "meminfo").write_text(f"Node {name[4:]} MemTotal:  1024 kB\nNode 0 MemFree: 1 kB\n")
+        (tmp_path / name / "meminfo").write_text(
+            f"Node {name[4:]} MemTotal:  1024 kB\nNode 0 MemFree: 1 kB\n"
+        )
     (tmp_path / "nodes").mkdir()
     found = machine.numa_nodes(str(tmp_path), str(status))
     # Cores that the agent may not use, and a node without any (a GPU's own memory), are none to pin to.
-    assert found == {0: Node(frozenset(os.sched_getaffinity(0)), 2**20), 3: Node(frozenset(os.sched_getaffinity(0)), 0)}
+    assert found == {
+        0: Node(frozenset(os.sched_getaffinity(0)), 2**20),
+        3: Node(frozenset(os.sched_getaffinity(0)), 0),
+    }
     assert machine.numa_nodes(str(tmp_path / "nodes"), str(status)) == {}

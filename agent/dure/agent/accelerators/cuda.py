@@ -61,11 +61,6 @@ class CudaAccelerator:
             return {}
         return {uid: DeviceUse(_by_pid(use["util"]), _by_pid(use["memory"])) for uid, use in uses.items()}
 
-    def close(self) -> None:
-        """Ends the worker before the agent ends; the agent's end does so too."""
-        if self._client is not None:
-            self._client.close()
-
 
 def _by_pid(values: Mapping[str, Any] | None) -> dict[int, Any] | None:
     return None if values is None else {int(pid): value for pid, value in values.items()}

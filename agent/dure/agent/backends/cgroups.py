@@ -113,7 +113,6 @@ class Cgroups:
                 oom_file = folder / ("memory.events" if hierarchy.version == 2 else "memory.oom_control")
         return Groups(tuple(folders), kill_file, oom_file)
 
-
     def _used(self, pinned: bool) -> tuple[Hierarchy, ...]:
         return (*self._hierarchies, self._pinning) if pinned and self._pinning else self._hierarchies
 

@@ -101,7 +101,12 @@ class ProcessBackend:
         }
         write_json(str(folder / "handle.json"), known)
         groups = await in_thread(
-            self._cgroups.create, plan.handle.uid, plan.cpu_milli, plan.memory_bytes, plan.cpus, plan.memory_nodes
+            self._cgroups.create,
+            plan.handle.uid,
+            plan.cpu_milli,
+            plan.memory_bytes,
+            plan.cpus,
+            plan.memory_nodes,
         )
         content |= {
             "cgroup_procs": groups.procs_files,
