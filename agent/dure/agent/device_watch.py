@@ -104,7 +104,9 @@ class DeviceWatch:
     @property
     def limitations(self) -> tuple[str, ...]:
         """All that the node lacks, for people."""
-        return (*self._node_limitations, *self._withheld.values(), *self._limitations)
+        there = {device.accelerator for device in self._devices.values()}
+        withheld = (why for name, why in self._withheld.items() if name in there)
+        return (*self._node_limitations, *withheld, *self._limitations)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -216,7 +216,8 @@ def test_the_next_agent_knows_what_kernels_have(tmp_path: Path) -> None:
 def test_devices_that_a_back_end_cannot_give_are_a_limitation(tmp_path: Path) -> None:
     async def run() -> None:
         why = "the engine has no NVIDIA runtime"
-        async with watching(tmp_path / "devices.pb", Plugin(), withheld={"cuda": why}) as watched:
+        withheld = {"cuda": why, "other": "of which the node has none"}
+        async with watching(tmp_path / "devices.pb", Plugin(), withheld=withheld) as watched:
             await watched.watch.first()
             (known,) = watched.watch.begin_stream()
             assert (known.healthy, known.detail) == (False, why)
