@@ -87,7 +87,9 @@ def conformance(
     except suite.NeedsImage as error:
         raise click.UsageError("this agent runs images: name one with --image, see --help") from error
     except OSError as error:
-        raise click.ClickException(f"cannot start `{wanted.arguments[0]}`: {error.strerror or error}") from error
+        raise click.ClickException(
+            f"cannot start `{wanted.arguments[0]}`: {error.strerror or error}"
+        ) from error
     if output == "json":
         click.echo(json.dumps(report.document(hello, results), indent=2))
     else:

@@ -55,7 +55,12 @@ SERVE = ("python3", "-c", SERVER)
 
 
 def kernel(
-    uid: str, session_uid: str, folder_uid: str, image: str, command: Sequence[str] | str = SERVE, **fields: Any
+    uid: str,
+    session_uid: str,
+    folder_uid: str,
+    image: str,
+    command: Sequence[str] | str = SERVE,
+    **fields: Any,
 ) -> fleet_pb2.KernelSpec:
     """A kernel that is healthy as soon as its port accepts; text is a line for /bin/sh. `fields` are those
     of the message, in place of what stands here."""

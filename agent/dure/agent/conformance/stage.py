@@ -170,7 +170,9 @@ class Stage:
     def not_if_limited(self, status: fleet_pb2.KernelStatus) -> None:
         """Raises NotApplicable if the agent refused the kernel, and Hello says that its node lacks things."""
         if status.exit.reason == "START_FAILED" and self.hello.limitations:
-            raise NotApplicable(f"the agent refused it, and Hello tells of limitations: {status.exit.message}")
+            raise NotApplicable(
+                f"the agent refused it, and Hello tells of limitations: {status.exit.message}"
+            )
 
     def not_if_boundless(self, failed: Failed) -> None:
         """Raises NotApplicable if Hello tells of limitations, else what failed."""

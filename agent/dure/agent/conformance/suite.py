@@ -111,7 +111,9 @@ async def _first_hello(subject: Subject, limit_s: float) -> Failed:
             await stage.until(
                 lambda: subject.manager.hello is not None,
                 expected,
-                lambda: f"no Hello within {limit_s:g} s ({subject.program.said() or 'the program says nothing'})",
+                lambda: (
+                    f"no Hello within {limit_s:g} s ({subject.program.said() or 'the program says nothing'})"
+                ),
             )
     except Failed as failed:
         return failed

@@ -42,7 +42,7 @@ async def exit_code(stage: Stage) -> None:
 @check("3.3")
 async def log_tail_in_bounds(stage: Stage) -> None:
     """The end of a long log is at most 4 KiB, and it is the end."""
-    line = "i=0; while [ $i -lt 2000 ]; do echo \"line $i\"; i=$((i+1)); done; exit 3"
+    line = 'i=0; while [ $i -lt 2000 ]; do echo "line $i"; i=$((i+1)); done; exit 3'
     tail = (await stage.exited(stage.spec(line))).exit.log_tail
     demand(500 < len(tail.encode()) <= 4096, "at most 4096 bytes", f"{len(tail.encode())} bytes")
     demand(tail.rstrip("\n").endswith("line 1999"), "the last line at its end", tail[-60:])

@@ -73,7 +73,9 @@ def _newest(stage: Stage, uid: str, name: str) -> float:
 
 def _told(stage: Stage, uid: str) -> str:
     rounds = stage.manager.measured[uid]
-    return f"{rounds[-1][1]}" if rounds else f"no measurement of {specs.told(stage.manager.statuses.get(uid))}"
+    return (
+        f"{rounds[-1][1]}" if rounds else f"no measurement of {specs.told(stage.manager.statuses.get(uid))}"
+    )
 
 
 CHECKS = (measurements, measure_interval)

@@ -23,7 +23,7 @@ async def argv_as_it_is(stage: Stage) -> None:
 @check("6.1")
 async def shell_line(stage: Stage) -> None:
     """A line goes to the shell of the spec, and the shell's own braces stay."""
-    lines = await stage.lines("X=1; echo one | cat; echo \"${X}\" '{\"a\": 2}'")
+    lines = await stage.lines('X=1; echo one | cat; echo "${X}" \'{"a": 2}\'')
     demand(lines == ["one", '1 {"a": 2}'], "what a shell makes of the line", lines)
 
 
@@ -108,7 +108,9 @@ async def actions_in_order(stage: Stage) -> None:
     actions = [
         _action(mkdir=fleet_pb2.Mkdir(path="/home/work/a/b", parents=True)),
         _action("made", run_command=fleet_pb2.RunCommand(command=["sh", "-c", "echo one; echo two >&2"])),
-        _action("file", write_tempfile=fleet_pb2.WriteTempfile(body="port {port}\n", mode=0o640, suffix=".x")),
+        _action(
+            "file", write_tempfile=fleet_pb2.WriteTempfile(body="port {port}\n", mode=0o640, suffix=".x")
+        ),
         _action(log=fleet_pb2.Log(message="said {made.out} {made.err} {made}")),
         _action(run_command=fleet_pb2.RunCommand(command=["false"], check=False)),
         _action(run_command=fleet_pb2.RunCommand(command=["echo", "echoed"], echo=True, check=True)),
@@ -121,7 +123,9 @@ async def actions_in_order(stage: Stage) -> None:
     write = fleet_pb2.WriteFile(filename=f"{where}/a/b/c", body="more", mode=0o600)
     actions += [
         _action("conf", write_file=write),
-        _action(write_file=fleet_pb2.WriteFile(filename="{conf}", body=" and more\n", mode=0o600, append=True)),
+        _action(
+            write_file=fleet_pb2.WriteFile(filename="{conf}", body=" and more\n", mode=0o600, append=True)
+        ),
     ]
     lines = await stage.lines(
         "cat {conf}; cat {file}; case {file} in *.x) stat -c %a {file} {conf};; esac",
