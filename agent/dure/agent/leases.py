@@ -59,6 +59,20 @@ class Leases:
 
         await in_thread(self._change, decide)
 
+    async def claim(self, kernel_folder: Path, port: int) -> bool:
+        """Takes a port that somebody else has chosen for a kernel, and bound; False if it rests, or is
+        leased."""
+        taken = False
+
+        def decide(table: Table) -> tuple[int, Table]:
+            nonlocal taken
+            after = ports.claim(table, str(kernel_folder), port)
+            taken = after is not None
+            return port, after if after is not None else table
+
+        await in_thread(self._change, decide)
+        return taken
+
     async def release(self, kernel_folder: Path) -> None:
         """Lets the kernel's ports rest."""
 

@@ -80,6 +80,15 @@ def _lease_number(
     return Table({**table.leases, port: Lease(owner)}, cursor=table.cursor)
 
 
+def claim(table: Table, owner: str, port: int) -> Table | None:
+    """A port that `owner` has come to by itself; None if it is somebody else's, or rests after another's
+    use."""
+    held = table.leases.get(port)
+    if held is not None and held.owner != owner:
+        return None
+    return Table({**table.leases, port: Lease(owner)}, cursor=table.cursor)
+
+
 def release(table: Table, owner: str, now: float) -> Table:
     """Lets the ports of `owner` rest."""
     return replace(

@@ -19,6 +19,7 @@ from dure.agent.backends import outcome
 from dure.agent.backends.base import (
     Backend,
     ClusterFiles,
+    Container,
     Ended,
     ExtraMount,
     Handle,
@@ -36,6 +37,7 @@ from dure.agent.log_archive import LogArchive
 from dure.agent.prober import Answer
 from dure.agent.shim.files import read_json, write_bytes, write_json
 from dure.agent.starts import Start
+from dure.agent.storage import ManagerStorage
 from dure.fleet.v1 import fleet_pb2
 from dure.wire.backoff import backoff_s
 from dure.wire.tracing import Tracing
@@ -56,6 +58,7 @@ class Node:
     devices: Mapping[str, fleet_pb2.Device]
     http: aiohttp.ClientSession
     logs: LogArchive
+    storage: ManagerStorage
     counts: Counts = field(default_factory=Counts)
     tracing: Tracing | None = None
 
@@ -185,11 +188,20 @@ class Runner:
         cluster = await self._join_cluster() if clusters.size(self.spec) > 1 else None
         # Several kernels on one host cannot all have the number; only main1 is reached by it.
         fixed = self.spec.fixed_port and clusters.is_probed(self.spec)
-        port = await self._node.leases.lease(self.handle.folder, self.spec.port if fixed else 0)
-        write_json(f"{self._files}/kernel.json", {"port": port})
-        self.status.port = port
+        if self._own_network:
+            port = self.spec.port
+        else:
+            port = await self._node.leases.lease(self.handle.folder, self.spec.port if fixed else 0)
+            self.status.port = port
+            write_json(f"{self._files}/kernel.json", {"port": port})
         self._say("starting")
         await self._node.backend.start(self._plan(model, tuple(extra), cluster, port), self._tell)
+
+    @property
+    def _own_network(self) -> bool:
+        """Whether it has a network of its own: contained, and not of a session that spans nodes."""
+        spans = clusters.size(self.spec) > 1 and not self.spec.cluster.one_node
+        return self._node.backend.contains and not spans
 
     async def _extra_mount(self, mount: fleet_pb2.Mount) -> ExtraMount:
         self._say(f"getting folder `{mount.folder}`")
@@ -202,10 +214,13 @@ class Runner:
         problem = clusters.problem(place)
         if problem:
             raise StartFailed(f"the session makes no sense: {problem}")
-        if clusters.host(self.spec) == place.hosts[0]:
+        own_network = self._own_network
+        if clusters.host(self.spec) == place.hosts[0] and not own_network:
             await self._node.leases.lease_rendezvous(self.handle.folder, place.rendezvous_port)
         addresses = []
-        for name, address in zip(place.hosts, place.addresses, strict=True):
+        # The engine's own names stand for those of a session that has a network of its own.
+        reached = () if own_network else zip(place.hosts, place.addresses, strict=True)
+        for name, address in reached:
             try:
                 addresses.append(await machine.resolve(address))
             except OSError as error:
@@ -215,10 +230,11 @@ class Runner:
                 ) from error
         table = await asyncio.to_thread(machine.host_table)
         return ClusterFiles(
-            clusters.host_table(table, place.hosts, addresses),
+            clusters.host_table(table, place.hosts[: len(addresses)], addresses),
             lambda home: (
                 clusters.ssh_files(keys, place.hosts, home) if self.spec.HasField("ssh_keys") else {}
             ),
+            tuple(addresses),
         )
 
     def _plan(
@@ -233,7 +249,8 @@ class Runner:
             port=port,
             model_place=place,
             devices=self._node.devices,
-            inherited=os.environ,
+            # An image has its own PATH and libraries.
+            inherited={} if self._node.backend.contains else os.environ,
         )
         return Plan(
             handle=self.handle,
@@ -252,7 +269,29 @@ class Runner:
             extra_mounts=extra,
             shared_memory_bytes=spec.shared_memory_bytes,
             cluster=cluster,
+            container=self._container(cluster) if self._node.backend.contains else None,
         )
+
+    def _container(self, cluster: ClusterFiles | None) -> Container:
+        spec = self.spec
+        granted = (grant.device for grant in spec.devices)
+        return Container(
+            spec=spec,
+            agent=self._node.agent,
+            host=self._node.host,
+            hostname=clusters.host(spec),
+            devices=tuple(self._node.devices[device] for device in granted),
+            credential=self._credential,
+            claim=self._claim,
+            names=tuple(spec.cluster.hosts) if cluster is not None else (),
+            addresses=cluster.addresses if cluster is not None else (),
+        )
+
+    async def _credential(self) -> tuple[str, str]:
+        return await self._node.storage.image_credential(self.spec.uid)
+
+    async def _claim(self, port: int) -> bool:
+        return await self._node.leases.claim(self.handle.folder, port)
 
     async def _follow(self) -> None:
         seen: Observation | None = None
@@ -262,6 +301,7 @@ class Runner:
             while True:
                 seen = await self._node.backend.wait(self.handle, seen)
                 self.status.pid = seen.pid
+                self.status.port = seen.port or self.status.port
                 self.status.message = seen.message
                 if seen.ended is not None:
                     self._end(seen.ended)
