@@ -132,6 +132,14 @@ def health_name(health: fleet_pb2.KernelHealth.ValueType) -> str:
     return fleet_pb2.KernelHealth.Name(health).removeprefix("KERNEL_HEALTH_")
 
 
+def standing(status: fleet_pb2.KernelStatus | None) -> str:
+    """What of a kernel must not change by itself, to be compared and shown."""
+    if status is None:
+        return "no report of the kernel"
+    states = f"{phase_name(status.phase)}, {health_name(status.health)}"
+    return f"{states}, pid {status.pid}, port {status.port}"
+
+
 def told(status: fleet_pb2.KernelStatus | None) -> str:
     """A status in one line, for people."""
     if status is None:

@@ -154,12 +154,12 @@ class Stage:
         self.manager.remove(uid, generation)
         return await self.status(uid, lambda s: s.phase == fleet_pb2.KERNEL_PHASE_GONE, "GONE")
 
-    async def lines(self, line: str, **fields: Any) -> list[str]:
-        """What a line for /bin/sh writes, at most 4 KiB. What the node says that it cannot give makes the
-        check not applicable."""
+    async def lines(self, line: str, unless: str = "", **fields: Any) -> list[str]:
+        """What a line for /bin/sh writes, at most 4 KiB. `unless` is as in `not_if_limited`."""
         spec = self.spec(f"{line}\nexit 0", **fields)
         status = await self.exited(spec)
-        self.not_if_limited(status)
+        if unless:
+            self.not_if_limited(status, unless)
         demand(
             status.exit.reason == "EXITED" and status.exit.code == 0,
             "EXITED with code 0",
@@ -167,18 +167,17 @@ class Stage:
         )
         return status.exit.log_tail.splitlines()
 
-    def not_if_limited(self, status: fleet_pb2.KernelStatus) -> None:
-        """Raises NotApplicable if the agent refused the kernel, and Hello says that its node lacks things."""
-        if status.exit.reason == "START_FAILED" and self.hello.limitations:
-            raise NotApplicable(
-                f"the agent refused it, and Hello tells of limitations: {status.exit.message}"
-            )
+    def not_if_limited(self, status: fleet_pb2.KernelStatus, word: str) -> None:
+        """Raises NotApplicable if the agent refused the kernel, and Hello says with that word that its node
+        lacks what it needs."""
+        if status.exit.reason == "START_FAILED":
+            self.not_if_said(word)
 
-    def not_if_boundless(self, failed: Failed) -> None:
-        """Raises NotApplicable if Hello tells of limitations, else what failed."""
-        if self.hello.limitations:
-            raise NotApplicable(f"{failed.seen}; Hello says: {'; '.join(self.hello.limitations)}")
-        raise failed
+    def not_if_said(self, word: str) -> None:
+        """Raises NotApplicable if a limitation in Hello has the word."""
+        for limitation in self.hello.limitations:
+            if word in limitation:
+                raise NotApplicable(f"Hello says: {limitation}")
 
     async def ask(self, status: fleet_pb2.KernelStatus, path: str = "") -> dict[str, Any]:
         """What the program of `specs.SERVER` answers. Raises Failed if it cannot be reached."""

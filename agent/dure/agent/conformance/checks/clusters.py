@@ -62,9 +62,10 @@ async def names_resolve(stage: Stage) -> None:
 @check("10.2")
 async def cluster_variables(stage: Stage) -> None:
     """Each kernel is told its place, and has the session's ssh keys."""
+    own = ("SIZE", "HOSTS", "HOST", "ROLE", "IDX", "LOCAL_RANK")
+    shown = [*(f"$BACKENDAI_CLUSTER_{name}" for name in own), "$WORLD_SIZE", "$RANK", "$LOCAL_RANK"]
     line = (
-        "echo $BACKENDAI_CLUSTER_SIZE $BACKENDAI_CLUSTER_HOSTS $BACKENDAI_CLUSTER_HOST $BACKENDAI_CLUSTER_ROLE "
-        "$BACKENDAI_CLUSTER_IDX $BACKENDAI_CLUSTER_LOCAL_RANK $WORLD_SIZE $RANK $LOCAL_RANK $MASTER_ADDR; cd; "
+        f"echo {' '.join(shown)} $MASTER_ADDR; cd; "
         "stat -c '%a %n' .ssh/id_ed25519 .ssh/id_ed25519.pub .ssh/authorized_keys; "
         "cat .ssh/authorized_keys; head -n 1 .ssh/id_ed25519; exit 0"
     )
@@ -110,7 +111,8 @@ async def _begun(stage: Stage, kernels: list[fleet_pb2.KernelSpec]) -> None:
     """Waits until both run or ended; what the node cannot do makes the check not applicable."""
     begun = (fleet_pb2.KERNEL_PHASE_RUNNING, fleet_pb2.KERNEL_PHASE_EXITED)
     for spec in kernels:
-        stage.not_if_limited(await stage.status(spec.uid, lambda s: s.phase in begun, "RUNNING"))
+        status = await stage.status(spec.uid, lambda s: s.phase in begun, "RUNNING")
+        stage.not_if_limited(status, "several kernels")
 
 
 def _make_session(stage: Stage, kernels: list[fleet_pb2.KernelSpec]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dure.agent.conformance.manager import LOG_BYTES_MAX
+import functools
+
+from dure.agent.conformance.manager import LOG_BYTES_MAX, Answer
 from dure.agent.conformance.outcome import check, demand
 from dure.agent.conformance.stage import Stage
 
@@ -17,7 +19,7 @@ async def log_whole(stage: Stage) -> None:
     await stage.exited(spec)
     answer = await stage.log(spec.uid)
     texts = [text for _, text in answer.lines]
-    demand(len(texts) == _LINES + 1, f"{_LINES + 1} lines", f"{len(texts)} lines")
+    demand(len(texts) == _LINES + 1, f"{_LINES + 1} lines", f"{len(texts)}, the last `{texts[-1:]}`")
     ordered = all(text.startswith(f"line {number:05d} ") for number, text in enumerate(texts[:-1]))
     demand(ordered and texts[-1] == "no end", "the lines as they were written", texts[:2] + texts[-2:])
     times = [time_ms for time_ms, _ in answer.lines]
@@ -43,7 +45,7 @@ async def log_follow(stage: Stage) -> None:
     for word in ("first", "second"):
         await stage.ask(status, f"say/{word}")
         await stage.until(
-            lambda word=word: any(text == word for _, text in answer.lines),
+            functools.partial(_has, answer, word),
             f"the line `{word}` soon after it was written",
             lambda: f"{[text for _, text in answer.lines][-3:]}",
         )
@@ -67,6 +69,10 @@ async def log_of_nobody(stage: Stage) -> None:
     """A log that is not kept is answered with a notice, and complete."""
     answer = await stage.log("11111111-0000-4000-8000-000000000000")
     demand(not answer.lines and any(answer.notices), "a notice that says so", answer)
+
+
+def _has(answer: Answer, line: str) -> bool:
+    return any(text == line for _, text in answer.lines)
 
 
 CHECKS = (log_whole, log_tail, log_follow, log_after_removal, log_of_nobody)

@@ -24,14 +24,8 @@ async def kernels_outlive_the_agent(stage: Stage) -> None:
 
     told = len(stage.manager.history[spec.uid])
     stream = await stage.restart(meanwhile)
-    after = stream.reported.get(spec.uid)
-    demand(
-        after is not None
-        and (after.phase, after.health, after.port, after.pid)
-        == (before.phase, before.health, before.port, before.pid),
-        f"in the full report as it was: {specs.told(before)}, pid {before.pid}, port {before.port}",
-        f"{specs.told(after)}" + (f", pid {after.pid}, port {after.port}" if after is not None else ""),
-    )
+    expected, after = specs.standing(before), specs.standing(stream.reported.get(spec.uid))
+    demand(after == expected, f"the kernel in the full report as it was: {expected}", after)
     await asyncio.sleep(1.0)
     later = [one for _, one in stage.manager.history[spec.uid]][told:]
     wrong = [one for one in later if (one.phase, one.health) != (before.phase, before.health)]

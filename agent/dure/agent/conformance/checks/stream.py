@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import time
 
@@ -93,7 +94,7 @@ async def heartbeats(stage: Stage) -> None:
     demand(due_s * 0.6 < took_s < due_s * 2 + 1, expected, f"them within {took_s:.1f} s")
     numbers = [number for _, number in stream.beats]
     demand(
-        all(after > before for before, after in zip(numbers, numbers[1:], strict=False)),
+        all(after > before for before, after in itertools.pairwise(numbers)),
         "sequence numbers that count up",
         numbers[-_BEATS:],
     )
@@ -169,14 +170,9 @@ async def _as_before(
     stage: Stage, spec: fleet_pb2.KernelSpec, before: fleet_pb2.KernelStatus, born: str
 ) -> None:
     stream = await stage.connected()
-    reported = stream.reported.get(spec.uid)
-    demand(
-        reported is not None
-        and (reported.phase, reported.health, reported.pid, reported.port)
-        == (before.phase, before.health, before.pid, before.port),
-        f"the kernel in the full report as it was ({specs.told(before)}, pid {before.pid}, port {before.port})",
-        specs.told(reported),
-    )
+    reported = specs.standing(stream.reported.get(spec.uid))
+    expected = specs.standing(before)
+    demand(reported == expected, f"the kernel in the full report as it was: {expected}", reported)
     # The snapshot has been sent: a kernel that stands in it is left alone.
     await asyncio.sleep(0.5)
     again = (await stage.ask(before))["born"]
