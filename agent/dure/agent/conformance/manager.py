@@ -81,6 +81,8 @@ class Manager(fleet_pb2_grpc.FleetServiceServicer):
         self.answers: dict[str, Answer] = {}
         # Folder, path and offset of every piece of a file that was asked for.
         self.fetched: list[tuple[str, str, int]] = []
+        # Uids of kernels for whose image a credential was asked.
+        self.credentials_asked: list[str] = []
         # Rule and sentence.
         self.broken_rules: list[tuple[str, str]] = []
         self.port = 0
@@ -239,6 +241,7 @@ class Manager(fleet_pb2_grpc.FleetServiceServicer):
         self, request: fleet_pb2.GetImageCredentialRequest, context: Context
     ) -> fleet_pb2.GetImageCredentialResponse:
         await self._authenticate(context)
+        self.credentials_asked.append(request.kernel_uid)
         return fleet_pb2.GetImageCredentialResponse()
 
     async def _folder(self, uid: str, context: Context) -> Path:
@@ -267,6 +270,9 @@ class Manager(fleet_pb2_grpc.FleetServiceServicer):
                 if self.acknowledge:
                     ack = fleet_pb2.HeartbeatAck(sequence=request.heartbeat.sequence)
                     stream.outbox.put_nowait(fleet_pb2.ConnectResponse(heartbeat_ack=ack))
+            elif kind == "devices_changed" and stream.hello is not None:
+                del stream.hello.devices[:]
+                stream.hello.devices.extend(request.devices_changed.devices)
             elif kind == "measurements":
                 if len(request.measurements.kernels) > KERNELS_MAX:
                     self._broken("2.4", f"Measurements of {len(request.measurements.kernels)} kernels")

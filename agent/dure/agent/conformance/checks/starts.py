@@ -202,6 +202,19 @@ async def missing_image(stage: Stage) -> None:
     demand("no-such-image" in status.exit.message, "the image in the message", status.exit.message)
 
 
+@check("6.9")
+async def image_out_of_reach(stage: Stage) -> None:
+    """A registry that does not answer: a credential is asked for, and the end is IMAGE_FAILED."""
+    if not stage.hello.runs_images:
+        raise NotApplicable("the agent runs no images")
+    # Nobody listens there.
+    image = "127.0.0.1:1/no-such-image:none"
+    spec = stage.spec(image=image, image_pull_policy=fleet_pb2.IMAGE_PULL_POLICY_ALWAYS)
+    status = await stage.refused(spec, "IMAGE_FAILED")
+    demand("no-such-image" in status.exit.message, "the image in the message", status.exit.message)
+    demand(spec.uid in stage.manager.credentials_asked, "GetImageCredential for the kernel", "no call")
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -227,4 +240,5 @@ CHECKS = (
     strict_profile,
     strict_is_not_left_out,
     missing_image,
+    image_out_of_reach,
 )
