@@ -290,16 +290,13 @@ class Runner:
             hostname=clusters.host(spec),
             devices=tuple(self._node.devices[device] for device in granted),
             credential=self._credential,
-            claim=self._claim,
+            free_ports=self._node.leases.gap,
             names=tuple(spec.cluster.hosts) if cluster is not None else (),
             addresses=cluster.addresses if cluster is not None else (),
         )
 
     async def _credential(self) -> tuple[str, str]:
         return await self._node.storage.image_credential(self.spec.uid)
-
-    async def _claim(self, port: int) -> bool:
-        return await self._node.leases.claim(self.handle.folder, port)
 
     async def _follow(self) -> None:
         seen: Observation | None = None
@@ -309,7 +306,9 @@ class Runner:
             while True:
                 seen = await self._node.backend.wait(self.handle, seen)
                 self.status.pid = seen.pid
-                self.status.port = seen.port or self.status.port
+                if seen.port and seen.port != self.status.port:
+                    self.status.port = seen.port
+                    await self._node.leases.claim(self.handle.folder, seen.port)
                 self.status.message = seen.message
                 if seen.ended is not None:
                     self._end(seen.ended)

@@ -72,11 +72,11 @@ class Injection:
 
 @dataclass(frozen=True)
 class Container:
-    """What a contained kernel has beside. `host` is the address at which its port is published; `devices`
-    are those granted. `addresses` are those of `names`, all kernels of its session, empty for a session of
-    one. `cpus` and `memory_nodes` pin it (the kernel's own notation, empty for anywhere). `claim` takes a
-    port of the node that the engine has chosen, unless it must rest. `credential` asks for user and password
-    of the image's registry, both empty if there are none."""
+    """What a contained kernel has beside. `host` is the address at which its port is published, and
+    `free_ports` those of which the engine may choose one now; `devices` are those granted. `addresses` are
+    those of `names`, all kernels of its session, empty for a session of one. `cpus` and `memory_nodes` pin
+    it (the kernel's own notation, empty for anywhere). `credential` asks for user and password of the image's
+    registry, both empty if there are none."""
 
     spec: fleet_pb2.KernelSpec
     agent: str
@@ -84,7 +84,7 @@ class Container:
     hostname: str
     devices: tuple[fleet_pb2.Device, ...]
     credential: Callable[[], Awaitable[tuple[str, str]]]
-    claim: Callable[[int], Awaitable[bool]]
+    free_ports: Callable[[], Awaitable[range]]
     names: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
     cpus: str = ""

@@ -30,7 +30,7 @@ from dure.agent.backends.base import (
     StartFailed,
     Tell,
 )
-from dure.agent.backends.docker import gate, labels, node, request, starting
+from dure.agent.backends.docker import gate, labels, node, request, starting, users
 from dure.agent.backends.docker.engine import SLOW_S, Engine, EngineError, NoAnswer, NotThere, Refusal, url
 from dure.agent.backends.docker.images import Images
 from dure.agent.backends.docker.labels import Owner, Seen
@@ -53,8 +53,6 @@ PROBE_S = 30.0
 KILL_S = 15.0
 LOG_END_S = 5.0
 REAP_S = 60.0
-# The engine may choose a port that rests, and is asked again.
-PORT_TRIES = 5
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -169,7 +167,7 @@ class DockerBackend:
         try:
             network = await self._networks.provide(spec, self._known_owner()) if container.names else ""
             await self._create(plan, container, image, binds, network, kernel)
-            await self._begin(plan, container, kernel)
+            await self._begin(kernel)
             await asyncio.to_thread(_same, checks, kernel.seen.pid if kernel.seen else 0)
             if plan.actions:
                 passing = gate.Gate(self._engine, kernel.container, plan, self._environ(plan), kernel.log)
@@ -339,11 +337,12 @@ class DockerBackend:
             values = {"model_path": plan.model_path, "port": str(plan.port)}
             words = tuple(fill(word, values) for word in request.command(plan, image))
         own_port = 0 if container.shares_network else plan.port
+        ports = range(0) if container.shares_network else await container.free_ports()
         body = request.body(
             plan,
             container,
             image,
-            request.Node(node.publish_at(container.host), self._gpus, self._hard_limits),
+            request.Node(node.publish_at(container.host), ports, self._gpus, self._hard_limits),
             labels=labels.labels(
                 container.spec,
                 self._known_owner(),
@@ -361,21 +360,25 @@ class DockerBackend:
             lambda client: client.create_container_from_config(body, name), SLOW_S, whole=True
         )
         kernel.container = str(made["Id"])
+        owner = await self._user_of(kernel.container, request.user(image, container.strict))
+        await asyncio.to_thread(users.give, plan.handle.folder / "home", owner)
 
-    async def _begin(self, plan: Plan, container: Container, kernel: _Kernel) -> None:
-        """Starts the container, on a port that nobody's proxy may still remember."""
-        for attempt in range(PORT_TRIES):
-            await self._engine.call(lambda client: client.start(kernel.container), SLOW_S, whole=True)
-            inspected = await self._engine.call(lambda client: client.inspect_container(kernel.container))
-            kernel.seen = labels.seen(inspected)
-            port = kernel.seen.port
-            if container.shares_network or not port or await container.claim(port):
-                kernel.log.follow(kernel.container)
-                return
-            _log.info("port %d of this node rests; the engine is asked for another (%d)", port, attempt)
-            await self._kill(kernel.container, "SIGKILL")
-            await self._until_ended(plan.handle.uid, kernel.seen, KILL_S)
-        raise StartFailed("the container engine offers only ports that rest after their use", "PORT_FAILED")
+    async def _user_of(self, container: str, user: str) -> tuple[int, int] | None:
+        if users.is_plain(user):
+            return users.numbers(user)
+        try:
+            passwd = await self._engine.call(
+                lambda client: users.unpack(client.get_archive(container, "/etc/passwd")[0])
+            )
+        except NotThere:
+            passwd = ""
+        return users.numbers(user, passwd)
+
+    async def _begin(self, kernel: _Kernel) -> None:
+        await self._engine.call(lambda client: client.start(kernel.container), SLOW_S, whole=True)
+        inspected = await self._engine.call(lambda client: client.inspect_container(kernel.container))
+        kernel.seen = labels.seen(inspected)
+        kernel.log.follow(kernel.container)
 
     def _prepare(self, plan: Plan) -> tuple[list[Bind], list[tuple[int, str]]]:
         """What the container mounts, and descriptors of folders within folders with where they must appear:
@@ -383,8 +386,6 @@ class DockerBackend:
         folder = plan.handle.folder
         home = folder / "home"
         home.mkdir(mode=0o700, exist_ok=True)
-        # Whoever the image's user is; above it, only the agent's user may enter.
-        home.chmod(0o777)
         if plan.cluster is not None:
             ssh = home / ".ssh"
             ssh.mkdir(mode=0o700, exist_ok=True)
@@ -535,8 +536,8 @@ def _same(checks: Sequence[tuple[int, str]], pid: int) -> None:
         wanted = os.fstat(descriptor)
         try:
             found = os.stat(f"/proc/{pid}/root{target}")
-        except PermissionError:
-            # Not root: this agent cannot look.
+        except (PermissionError, FileNotFoundError):
+            # Not root, or over already: this agent cannot look.
             return
         except OSError as error:
             raise StartFailed(f"cannot look at the folder that appears at {target}: {error}") from error

@@ -2,8 +2,8 @@
 engine says of it.
 
     dure.agent-uid, dure.home    the agent whose it is: both must match, or it is somebody else's
-    dure.agent, dure.kernel, dure.session, dure.generation, dure.endpoint    for people and other tools
-    dure.devices     the parts of devices that it holds
+    dure.agent, dure.kernel, dure.session, dure.generation, dure.endpoint, dure.image    for people and other
+    tools dure.devices     the parts of devices that it holds
     dure.spec        the kernel's spec, without keys, base64; dure.spec-sha256 of the same
     dure.boot        the machine's boot in which it was made
     dure.gated       whether it waits for pre-start actions before its command
@@ -99,6 +99,7 @@ def labels(
         "dure.agent": agent,
         KERNEL: spec.uid,
         SESSION: spec.session_uid,
+        "dure.image": spec.image,
         "dure.endpoint": f"{spec.project}/{spec.endpoint}",
         "dure.generation": str(spec.generation),
         "dure.devices": json.dumps(devices),

@@ -37,11 +37,12 @@ class Image:
 
 @dataclass(frozen=True)
 class Node:
-    """What containers of this node have in common: where their ports are published, how GPUs are attached
-    (one of NVIDIA, CDI, ENVIRONMENT, empty for not at all), and the engine's own hard limits, by name of a
-    ulimit, -1 for none."""
+    """What a container gets of its node: at which address and on which ports its own is published, how GPUs
+    are attached (one of NVIDIA, CDI, ENVIRONMENT, empty for not at all), and the engine's own hard limits, by
+    name of a ulimit, -1 for none."""
 
     publish_at: str
+    ports: range
     gpus: str = ""
     hard_limits: Mapping[str, int] = field(default_factory=dict)
 
@@ -144,8 +145,10 @@ def _add_network(made: dict[str, Any], plan: Plan, container: Container, node: N
     settings["NetworkMode"] = network or "default"
     made["Hostname"] = container.hostname
     made["ExposedPorts"] = {f"{plan.port}/tcp": {}}
-    # The engine chooses the number, each time it starts the container.
-    settings["PortBindings"] = {f"{plan.port}/tcp": [{"HostIp": node.publish_at, "HostPort": ""}]}
+    # The engine chooses, each time it starts the container, among those that do not rest after their use.
+    first, last = node.ports[0], node.ports[-1]
+    chosen = str(first) if first == last else f"{first}-{last}"
+    settings["PortBindings"] = {f"{plan.port}/tcp": [{"HostIp": node.publish_at, "HostPort": chosen}]}
     if network:
         made["NetworkingConfig"] = {"EndpointsConfig": {network: {"Aliases": [container.hostname]}}}
 

@@ -6,9 +6,10 @@ import re
 
 from dure.agent.backends.base import Plan, StartFailed
 
-# What the engine's own init (tini, or podman's catatonit) says of a command that it cannot run, and leaves with.
+# What the engine's own init (tini, or podman's catatonit) says of a command that it cannot run.
 _INIT = re.compile(
-    r"^(?:\[FATAL tini \(\d+\)\] exec (?P<name>.*) failed|ERROR \(catatonit.*exec pid1): (?P<why>.*)$"
+    r"^(?:\[FATAL tini \(\d+\)\] exec (?P<name>.*) failed"
+    r"|ERROR \(catatonit.*exec pid1): (?P<why>.*)$"
 )
 _INIT_CODES = (126, 127, 1)
 _NOT_THERE = ("executable file not found", "no such file or directory", "exec format error", "is a directory")
