@@ -62,8 +62,11 @@ class LogCopy:
         attempt = 0
         while True:
             try:
-                await asyncio.to_thread(self._look_back)
-                if await self._copy(container):
+                await self._copy(container, follow=True)
+                inspected = await self._engine.call(lambda client: client.inspect_container(container))
+                if not inspected["State"]["Running"]:
+                    # Engines end a stream that is followed before its last lines, when a container is quick.
+                    await self._copy(container, follow=False)
                     return
                 attempt = 0
             except NotThere:
@@ -88,22 +91,21 @@ class LogCopy:
         finally:
             cursor.close()
 
-    async def _copy(self, container: str) -> bool:
-        """Whether it has come to the end of a container that does not run any more."""
+    async def _copy(self, container: str, *, follow: bool) -> None:
+        """To the end of what is there, or of the container."""
+        await asyncio.to_thread(self._look_back)
         self._seen.begin_again()
         # A millisecond early, for what rounding did; zero would be refused.
         since_ms = self._newest_ms - 1
         since = f"{since_ms // 1000}.{since_ms % 1000:03d}000000" if self._newest_ms else ""
         rest = {1: b"", 2: b""}
         count = 0
-        async with streams.log(self._engine.socket, container, since) as frames:
+        async with streams.log(self._engine.socket, container, since, follow=follow) as frames:
             async for stream, data in frames:
                 self._take(rest, stream, data)
                 count += 1
                 if count % TURN_FRAMES == 0:
                     await asyncio.sleep(0)
-        inspected = await self._engine.call(lambda client: client.inspect_container(container))
-        return not inspected["State"]["Running"]
 
     def _take(self, rest: dict[int, bytes], stream: int, data: bytes) -> None:
         """A frame: the time, a space, and a line or a piece of a long one. Some engines cut frames

@@ -94,10 +94,12 @@ async def events(
 
 
 @contextlib.asynccontextmanager
-async def log(socket: str, container: str, since: str) -> AsyncIterator[AsyncIterator[tuple[int, bytes]]]:
-    """What a container wrote and writes, each line after its time, until it ends. `since` is a time in Unix
-    seconds with a fraction, empty for all."""
-    query = {"stdout": "1", "stderr": "1", "timestamps": "1", "follow": "1"}
+async def log(
+    socket: str, container: str, since: str, *, follow: bool
+) -> AsyncIterator[AsyncIterator[tuple[int, bytes]]]:
+    """What a container wrote and, to follow, writes until it ends, each line after its time. `since` is a
+    time in Unix seconds with a fraction, empty for all."""
+    query = {"stdout": "1", "stderr": "1", "timestamps": "1", "follow": "1" if follow else "0"}
     if since:
         query["since"] = since
     async with opened(socket, "GET", f"/containers/{container}/logs", query=query) as content:
