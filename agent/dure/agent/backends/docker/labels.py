@@ -157,14 +157,19 @@ def ended(container: Seen, boot_id: str) -> dict[str, Any]:
 
 
 def unix_s(text: str) -> float:
-    """Of the engine's times, with nanoseconds and `Z` or an offset; 0 for never."""
+    """Of the engine's times; 0 for never."""
+    return unix_ns(text) / 1e9
+
+
+def unix_ns(text: str) -> int:
+    """Of the engine's times, with nanoseconds and `Z` or an offset; 0 for never. Raises ValueError."""
     if not text or text.startswith(_NEVER[:10]):
-        return 0.0
+        return 0
     whole, dot, rest = text.partition(".")
-    digits = len(rest) - len(rest.lstrip("0123456789"))
-    zone = rest[digits:] if dot else ""
-    fraction = float(f"0.{rest[:digits]}") if dot and digits else 0.0
-    return datetime.fromisoformat((whole + zone).replace("Z", "+00:00")).timestamp() + fraction
+    fraction = rest[: len(rest) - len(rest.lstrip("0123456789"))] if dot else ""
+    zone = rest[len(fraction) :] if dot else ""
+    seconds = datetime.fromisoformat((whole + zone).replace("Z", "+00:00")).timestamp()
+    return int(seconds) * 10**9 + int(fraction[:9].ljust(9, "0"))
 
 
 def _record(reason: str, code: int, message: str) -> dict[str, Any]:
