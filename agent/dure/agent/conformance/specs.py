@@ -11,10 +11,13 @@ MODEL_TARGET = "/models"
 PORT = 8000
 MEMORY_BYTES = 512 * 2**20
 # Serves HTTP, says what it sees, and does what a request asks: a kernel that is controlled from outside needs
-# nothing of its node but the port. It must do with Python 3.6, and holds no `{name}` that could be a template.
+# nothing of its node but the port. It does with Python 3.6, and holds no `{name}` that could be a template.
 SERVER = """
-import http.server, json, os, socketserver, sys, threading, time, uuid
-born, since, answer, probes = str(uuid.uuid4()), time.monotonic(), [int(os.environ.get("ANSWER", "200"))], []
+import http.server, json, os, signal, socketserver, sys, threading, time, uuid
+born, since, probes = str(uuid.uuid4()), time.monotonic(), []
+answer = [int(os.environ.get("ANSWER", "200"))]
+if os.environ.get("DEAF"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 def burn(seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
