@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +14,7 @@ from dure.agent.conformance import report, specs
 from dure.agent.conformance.checks import CHECKS
 from dure.agent.conformance.outcome import Check, Outcome, Result, batches
 from dure.agent.conformance.program import filled
+from dure.client.cli.main import load_program
 from dure.fleet.v1 import fleet_pb2
 
 PROTOCOL = (Path(__file__).parents[3] / "docs" / "agent-protocol.md").read_text()
@@ -56,6 +59,11 @@ def test_arguments_of_a_program() -> None:
     assert filled(["--to={manager}", "{name}-{name}", "{other}", "{}"], values) == [
         *("--to=127.0.0.1:1", "n-n", "{other}", "{}")
     ]
+
+
+def test_a_part_that_is_not_installed_is_told() -> None:
+    with pytest.raises(click.ClickException, match="`dure agent nothing` is not installed here"):
+        load_program("agent-nothing")
 
 
 def test_a_session_of_kernels_makes_sense() -> None:
