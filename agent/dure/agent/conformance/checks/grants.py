@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from dure.agent.conformance import specs
 from dure.agent.conformance.outcome import NotApplicable, check, demand
 from dure.agent.conformance.stage import Stage
 from dure.fleet.v1 import fleet_pb2
 
 _SHARES = "cuda.shares"
+# What keeps a kernel within its part, the weakest first.
+_MODES = ("none", "watchdog", "hook", "mps", "mig")
 
 
 @check("9.1")
@@ -48,6 +53,67 @@ async def device_variables(stage: Stage) -> None:
     demand(not wrong, f"{expected}", wrong)
 
 
+@check("9.3", alone=True)
+async def enforcement_is_told(stage: Stage) -> None:
+    """What keeps a kernel within its part of a device is told, and nothing of one that has none."""
+    device = _device(stage)
+    spec, without = stage.spec(devices=[_grant(device.id, 200)]), stage.spec()
+    await stage.healthy(spec)
+    status = await stage.status(
+        spec.uid, lambda s: bool(s.enforcement), "`enforcement` of a kernel with a device"
+    )
+    demand(status.enforcement in _MODES, f"one of {', '.join(_MODES)}", status.enforcement)
+    status = await stage.healthy(without)
+    demand(not status.enforcement, "no enforcement of a kernel without a device", status.enforcement)
+
+
+@check("9.3", alone=True)
+async def enforcement_that_is_missing(stage: Stage) -> None:
+    """A kernel that requires more than can be verified ends with ENFORCEMENT_FAILED."""
+    device = _device(stage)
+    best = _MODES[-1]
+    if device.enforcement == best:
+        raise NotApplicable(f"device `{device.id}` has the best enforcement that there is")
+    spec = stage.spec(devices=[_grant(device.id, 200)], require_enforcement=best)
+    status = await stage.exited(spec)
+    demand(
+        status.exit.reason == "ENFORCEMENT_FAILED" and status.exit.message,
+        "ENFORCEMENT_FAILED and a message for people",
+        specs.told(status),
+    )
+
+
+@check("9.4", alone=True)
+async def serial_start(stage: Stage) -> None:
+    """Of two kernels with serial_start on one device the second starts when the first is healthy."""
+    device = _device(stage)
+    kernels = [
+        stage.spec(devices=[_grant(device.id, 200)], serial_start=True, environ={"WAIT_S": "1.5"})
+        for _ in range(2)
+    ]
+    stage.manager.want(*kernels)
+    for spec in kernels:
+        await stage.become(spec, fleet_pb2.KERNEL_HEALTH_HEALTHY)
+    running = [
+        _first(stage, spec.uid, lambda s: s.phase == fleet_pb2.KERNEL_PHASE_RUNNING) for spec in kernels
+    ]
+    healthy = [
+        _first(stage, spec.uid, lambda s: s.health == fleet_pb2.KERNEL_HEALTH_HEALTHY) for spec in kernels
+    ]
+    # Times are those of reports, so a little may be lost between two.
+    demand(
+        max(running) > min(healthy) - 0.3,
+        "the second RUNNING after the first is HEALTHY",
+        f"RUNNING {max(running) - min(running):.1f} s after the other, which was HEALTHY after "
+        f"{min(healthy) - min(running):.1f} s",
+    )
+
+
+def _first(stage: Stage, uid: str, condition: Callable[[fleet_pb2.KernelStatus], bool]) -> float:
+    """When it was first told of a kernel, by the monotonic clock."""
+    return next(at_s for at_s, status in stage.manager.history[uid] if condition(status))
+
+
 def _device(stage: Stage) -> fleet_pb2.Device:
     for one in stage.hello.devices:
         if one.healthy and not one.parent and one.slots.get(_SHARES) == 1000:
@@ -59,4 +125,12 @@ def _grant(device: str, amount: int) -> fleet_pb2.DeviceGrant:
     return fleet_pb2.DeviceGrant(device=device, slot=_SHARES, amount=amount)
 
 
-CHECKS = (unknown_device, more_than_there_is, shares_or_whole, device_variables)
+CHECKS = (
+    unknown_device,
+    more_than_there_is,
+    shares_or_whole,
+    device_variables,
+    enforcement_is_told,
+    enforcement_that_is_missing,
+    serial_start,
+)
