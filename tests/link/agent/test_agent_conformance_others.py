@@ -12,6 +12,7 @@ import pytest
 import tomli
 from agent_fakes import cluster, spec
 from conformance_command import conformance, only, outcomes
+from test_agent_node import POOR, root_only, usable
 
 from dure.agent.conformance.checks import CHECKS
 
@@ -73,6 +74,22 @@ def test_what_an_agent_never_learned_is_told(tmp_path: Path) -> None:
     assert "processes [" in found["nothing-is-left"]["seen"]
     assert found["stop-by-force"]["expected"] == "GONE soon after its grace of 1.5 s"
     assert "no call of SendLogs" in found["log-tail"]["seen"] and found["log-tail"]["rule"] == "11.2"
+
+
+@root_only
+@pytest.mark.skipif(not usable(POOR), reason="needs unshare and setpriv")
+def test_what_a_node_says_that_it_lacks_does_not_fail_it(tmp_path: Path) -> None:
+    lacking = ("extra-mounts", "shared-memory", "names-resolve", "out-of-memory", "model-folder-is-read-only")
+    working = ("templates", "private-home", "actions-in-order", "nothing-is-left")
+    agent = (*POOR, sys.executable, "-m", "dure.agent.main", "--data-dir", "{data_dir}", "--name", "{name}")
+    arguments = (*only([*lacking, *working]), "-o", "json", "--", *agent, "--manager", "{manager}")
+    done = conformance(tmp_path, *arguments)
+    found = outcomes(done)
+    assert done.returncode == 0, found
+    assert all(found[name]["outcome"] == "not_applicable" and found[name]["reason"] for name in lacking), (
+        found
+    )
+    assert all(found[name]["outcome"] == "passed" for name in working), found
 
 
 def test_a_program_that_cannot_run(tmp_path: Path) -> None:

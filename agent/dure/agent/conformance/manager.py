@@ -28,6 +28,7 @@ HEARTBEAT_MS = 500
 # An agent that never reports everything is given work nevertheless: only that rule is broken.
 REPORT_PATIENCE_S = 4.0
 KERNELS_MAX = 256
+_STOP_LIMIT_S = 5.0
 LOG_BYTES_MAX = 256 * 1024
 _HISTORY_MAX, _LINES_MAX, _OUTBOX_MAX, _BROKEN_MAX = 2_000, 100_000, 10_000, 100
 Context = Any  # grpc.aio.ServicerContext; its stubs are generic in ways that help nobody here
@@ -114,7 +115,9 @@ class Manager(fleet_pb2_grpc.FleetServiceServicer):
             server, self._server = self._server, None
             await server.stop(0)
             # Stopping is over before the handlers have seen it.
-            await self.until(lambda: all(stream.ended_s for stream in self.streams))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STOP_LIMIT_S):
+                    await self.until(lambda: all(stream.ended_s for stream in self.streams))
 
     def hang_up(self) -> None:
         """Ends the stream, as a manager does that is about to be replaced."""

@@ -51,7 +51,7 @@ class Stage:
     def awaited(self) -> Failed:
         """What the check waits for, and what is there instead."""
         expected, seen = self._awaited
-        return Failed(expected, self.program.end() or seen())
+        return Failed(expected, seen())
 
     @property
     def hello(self) -> fleet_pb2.Hello:
@@ -229,6 +229,10 @@ class Stage:
         before = self.manager.stream
         await self.program.kill()
         if before is not None:
+            self._awaited = (
+                "its stream to end with the program (a wrapper must exec the agent)",
+                lambda: "the stream goes on",
+            )
             await self.manager.until(lambda: before.ended_s > 0)
         if between is not None:
             await between()

@@ -145,6 +145,10 @@ async def _run_check(subject: Subject, check: Check, limit_s: float) -> Result:
         awaited = stage.awaited
         seen = f"after {limit_s:g} s: {awaited.seen}"
         found = result(Outcome.FAILED, Failed(awaited.expected, seen))
+    except Exception as error:
+        # The top of a check: what no check could foresee is the agent's answer too.
+        expected = f"answers that the check can read (rule {check.rule}: {' '.join(check.says.split())})"
+        found = result(Outcome.FAILED, Failed(expected, f"{type(error).__name__}: {error}"))
     try:
         await stage.clean()
     except Failed as failed:
