@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +15,7 @@ _T = TypeVar("_T")
 
 
 async def readable(descriptors: Sequence[int], limit_s: float | None = None) -> bool:
-    """Waits until one of them can be read (a pidfd: until its process ended); False after `limit_s`.
-
-    A descriptor may be waited for in one place at a time.
-    """
+    """Waits until one of them can be read (a pidfd: until its process ended); False after `limit_s`."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -25,13 +23,17 @@ async def readable(descriptors: Sequence[int], limit_s: float | None = None) -> 
         if not ready.done():
             ready.set_result(None)
 
-    for descriptor in descriptors:
-        loop.add_reader(descriptor, wake)
+    # Copies: the loop has one reader for a descriptor, and who follows a kernel's process must hear of its
+    # end though somebody else stops it.
+    copies = [os.dup(descriptor) for descriptor in descriptors]
     try:
+        for copy in copies:
+            loop.add_reader(copy, wake)
         done, _ = await asyncio.wait([ready], timeout=limit_s)
     finally:
-        for descriptor in descriptors:
-            loop.remove_reader(descriptor)
+        for copy in copies:
+            loop.remove_reader(copy)
+            os.close(copy)
     return bool(done)
 
 
