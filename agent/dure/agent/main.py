@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -18,7 +19,11 @@ import uvloop
 from dure.agent import exposition, machine, ports, prober
 from dure.agent.accelerators import Accelerator, Found, Request
 from dure.agent.backends.base import Abilities, Backend
+from dure.agent.enforcement import HOOK, choice
+from dure.agent.enforcement.modes import Asked, Modes
+from dure.agent.enforcement.watchdog import ALLOWANCE_MIB
 from dure.agent.folders import Folders
+from dure.agent.guard import Guard
 from dure.agent.leases import Leases, default_lease_dir
 from dure.agent.link import Link, Refused
 from dure.agent.log_archive import LogArchive
@@ -35,6 +40,7 @@ from dure.wire.errors import DureError
 PROTOCOL_VERSION = 1
 BACKEND = "process"
 _NOT_RECORDED = ("data_dir", "name", "join_token", "stop_sessions")
+LOOK_INTERVAL_S = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +57,7 @@ class Options:
     simulated_gpus: int
     cpu_milli: int
     memory_milli: int
+    enforcement: Asked
     session_ports: range
     lease_dir: Path
     folder_cache_bytes: int
@@ -113,6 +120,25 @@ def _only_member(data_dir: Path) -> str:
     default=0,
     show_default=True,
     help="GPUs to pretend, if the node has none.",
+)
+@click.option(
+    "--gpu-enforcement",
+    type=click.Choice(choice.OPTIONS),
+    default=choice.AUTO,
+    show_default="auto: hook if there is a library, else watchdog",
+    help="What keeps sessions within their shares of GPUs.",
+)
+@click.option(
+    "--hook-library",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="HAMi-core's libvgpu.so, to be loaded into sessions with shares of GPUs.",
+)
+@click.option(
+    "--gpu-allowance-mib",
+    type=click.IntRange(0, 1024 * 1024),
+    default=ALLOWANCE_MIB,
+    show_default=True,
+    help="MiB of each GPU that a session may hold beyond its share before the watchdog ends it.",
 )
 @click.option("--cpus", default="", show_default="all", help="Cores to offer, such as 3.5.")
 @click.option("--memory", default="", show_default="all", help="Memory to offer, such as 16g.")
@@ -190,6 +216,8 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         session_ports = ports.parse_range(given["session_ports"])
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--session-ports") from error
+    if given["gpu_enforcement"] == HOOK and given["hook_library"] is None:
+        raise click.UsageError("--gpu-enforcement hook needs the library: give it with --hook-library")
     return Options(
         name=name,
         home=programs.agent_dir(given["data_dir"].absolute(), name),
@@ -201,6 +229,9 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         cpu_milli=_amount("--cpus", quantities.CPU, given["cpus"]) or machine.cpu_milli(),
         memory_milli=_amount("--memory", quantities.MEM, given["memory"])
         or machine.memory_bytes() * quantities.MILLI,
+        enforcement=Asked(
+            given["gpu_enforcement"], _absolute(given["hook_library"]), given["gpu_allowance_mib"]
+        ),
         session_ports=session_ports,
         lease_dir=given["lease_dir"],
         folder_cache_bytes=_amount("--folder-cache", quantities.MEM, given["folder_cache"])
@@ -208,6 +239,10 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         metrics_bind=given["metrics_bind"],
         metrics_port=given["metrics_port"],
     )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def _amount(option: str, slot: str, text: str) -> int:
@@ -228,16 +263,19 @@ async def _serve(options: Options) -> None:
     abilities = await backend.probe()
     plugins = _load_accelerators()
     found = await _find_devices(options, plugins)
-    hello = _hello(options, host, backend.name, abilities, found)
+    devices = {one.id: one for one in found.devices}
+    modes = Modes(options.home, options.enforcement, backend.contains, devices)
+    await modes.assess(found)
+    hello = _hello(options, host, backend.name, abilities, found, modes.limitations)
     for limitation in hello.limitations:
         _log.warning("%s", limitation)
     traces = tracing.set_up("agent", options.name)
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
         stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(connection)
         storage = ManagerStorage(stub)
-        devices = {one.id: one for one in found.devices}
-        node = _node(options, host, backend, devices, storage, http, traces)
+        node = _node(options, host, backend, devices, modes, storage, http, traces)
         supervisor = Supervisor(options.home, node)
+        guard = Guard(modes, backend, devices, supervisor.guarded, supervisor.condemn)
         await supervisor.adopt()
         logs_sent = LogSender(stub, node.logs, supervisor.has_ended)
         measurer = Measurer(
@@ -268,7 +306,12 @@ async def _serve(options: Options) -> None:
 
         async with metrics_server.serving(options.metrics_bind, options.metrics_port, page):
             linked = asyncio.create_task(link.run())
-            working = [linked, asyncio.create_task(node.logs.run()), asyncio.create_task(measurer.run())]
+            working = [
+                linked,
+                asyncio.create_task(node.logs.run()),
+                asyncio.create_task(measurer.run()),
+                asyncio.create_task(_look(options, plugins, devices, guard)),
+            ]
             waited: set[asyncio.Future[Any]] = {asked, linked}
             try:
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -281,6 +324,7 @@ async def _serve(options: Options) -> None:
         if asked.done() and asked.result() == signal.SIGINT:
             _log.info("stopping all sessions")
             await supervisor.stop_all()
+            await modes.close()
         else:
             await supervisor.detach()
         if traces is not None:
@@ -294,8 +338,10 @@ async def _stop_sessions(options: Options) -> None:
     await backend.probe()
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
         storage = ManagerStorage(fleet_pb2_grpc.FleetServiceStub(connection))
-        supervisor = Supervisor(options.home, _node(options, "127.0.0.1", backend, {}, storage, http))
-        await supervisor.stop_found()
+        modes = Modes(options.home, options.enforcement, backend.contains, {})
+        node = _node(options, "127.0.0.1", backend, {}, modes, storage, http)
+        await Supervisor(options.home, node).stop_found()
+        await modes.close()
 
 
 def _node(
@@ -303,6 +349,7 @@ def _node(
     host: str,
     backend: Backend,
     devices: dict[str, fleet_pb2.Device],
+    modes: Modes,
     storage: ManagerStorage,
     http: Any,
     traces: tracing.Tracing | None = None,
@@ -316,6 +363,7 @@ def _node(
         devices=devices,
         http=http,
         logs=LogArchive(options.home),
+        modes=modes,
         tracing=traces,
     )
 
@@ -362,14 +410,36 @@ def _load_accelerators() -> list[Accelerator]:
 async def _find_devices(options: Options, plugins: list[Accelerator]) -> Found:
     devices: tuple[fleet_pb2.Device, ...] = ()
     limitations: tuple[str, ...] = ()
+    memory: dict[str, Mapping[int, int]] = {}
+    mps: dict[str, frozenset[int]] = {}
     for plugin in plugins:
         found = await plugin.find(Request(options.name, options.simulated_gpus, devices))
         devices += found.devices
         limitations += found.limitations
-    return Found(devices, limitations)
+        memory |= found.memory
+        mps |= found.mps
+    return Found(devices, limitations, memory=memory, mps=mps)
 
 
-def _hello(options: Options, host: str, backend: str, abilities: Abilities, found: Found) -> fleet_pb2.Hello:
+async def _look(
+    options: Options, plugins: list[Accelerator], devices: dict[str, fleet_pb2.Device], guard: Guard
+) -> None:
+    """Until cancelled."""
+    while True:
+        await asyncio.sleep(LOOK_INTERVAL_S)
+        found = await _find_devices(options, plugins)
+        devices.update({one.id: one for one in found.devices})
+        await guard.look(found)
+
+
+def _hello(
+    options: Options,
+    host: str,
+    backend: str,
+    abilities: Abilities,
+    found: Found,
+    limitations: tuple[str, ...],
+) -> fleet_pb2.Hello:
     return fleet_pb2.Hello(
         protocol_version=PROTOCOL_VERSION,
         version=version("dure"),
@@ -380,7 +450,7 @@ def _hello(options: Options, host: str, backend: str, abilities: Abilities, foun
         backend=backend,
         slots={quantities.CPU: options.cpu_milli, quantities.MEM: options.memory_milli},
         devices=found.devices,
-        limitations=[*abilities.limitations, *found.limitations],
+        limitations=[*abilities.limitations, *found.limitations, *limitations],
         maps_mounts=abilities.maps_mounts,
         runs_images=abilities.runs_images,
         architecture=platform.machine(),
