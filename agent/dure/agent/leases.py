@@ -59,6 +59,27 @@ class Leases:
 
         await in_thread(self._change, decide)
 
+    async def gap(self) -> range:
+        """Ports in a row of which a container engine may choose one, to be claimed then. Raises
+        ports.NoPort."""
+        found = range(0)
+
+        def decide(table: Table) -> tuple[int, Table]:
+            nonlocal found
+            found = ports.gap(table, self._session_ports, time.time())
+            return 0, table
+
+        await in_thread(self._change, decide)
+        return found
+
+    async def claim(self, kernel_folder: Path, port: int) -> None:
+        """Takes a port that the engine has chosen for a kernel."""
+
+        def decide(table: Table) -> tuple[int, Table]:
+            return port, ports.claim(table, str(kernel_folder), port)
+
+        await in_thread(self._change, decide)
+
     async def release(self, kernel_folder: Path) -> None:
         """Lets the kernel's ports rest."""
 

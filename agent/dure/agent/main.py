@@ -38,7 +38,7 @@ from dure.wire.backoff import backoff_s
 from dure.wire.errors import DureError
 
 PROTOCOL_VERSION = 1
-BACKEND = "process"
+BACKENDS_GROUP = "dure.agent.backends"
 _NOT_RECORDED = ("data_dir", "name", "join_token", "stop_sessions")
 LOOK_INTERVAL_S = 2.0
 _log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Options:
     folder_cache_bytes: int
     metrics_bind: str
     metrics_port: int
+    backend: str
 
 
 def _take_up(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -120,6 +121,26 @@ def _only_member(data_dir: Path) -> str:
     default=0,
     show_default=True,
     help="GPUs to pretend, if the node has none.",
+)
+@click.option(
+    "--backend",
+    default="process",
+    show_default=True,
+    help="What runs its sessions: `process`, `docker`, or a plug-in's.",
+)
+@click.option(
+    "--engine",
+    default="",
+    envvar="DOCKER_HOST",
+    show_default="DOCKER_HOST, else unix:///var/run/docker.sock",
+    help="Where the container engine listens, for --backend docker.",
+)
+@click.option(
+    "--gpu-attach",
+    type=click.Choice(["auto", "environment"]),
+    default="auto",
+    show_default=True,
+    help="How containers get GPUs: by the NVIDIA runtime or CDI, or by NVIDIA_VISIBLE_DEVICES alone.",
 )
 @click.option(
     "--gpu-enforcement",
@@ -181,6 +202,11 @@ def main(context: click.Context, /, **given: Any) -> None:
     data_dir: Path = given["data_dir"]
     options = _checked(context.meta["dure.name"], given)
     logs.set_up(given["log_level"], given["log_file"])
+    # Back ends know but the agent's folder; what else they read is in the environment, as `docker` itself
+    # does.
+    if given["engine"]:
+        os.environ["DOCKER_HOST"] = given["engine"]
+    os.environ["DURE_GPU_ATTACH"] = given["gpu_attach"]
     try:
         with programs.running(data_dir, options.name, options.home):
             if given["stop_sessions"]:
@@ -238,11 +264,21 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         // quantities.MILLI,
         metrics_bind=given["metrics_bind"],
         metrics_port=given["metrics_port"],
+        backend=_known_backend(given["backend"]),
     )
 
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
+
+
+def _known_backend(name: str) -> str:
+    known = sorted(entry.name for entry in entry_points(group=BACKENDS_GROUP))
+    if name not in known:
+        raise click.BadParameter(
+            f"there is no back end `{name}` here; there are: {', '.join(known)}", param_hint="--backend"
+        )
+    return name
 
 
 def _amount(option: str, slot: str, text: str) -> int:
@@ -259,7 +295,7 @@ async def _serve(options: Options) -> None:
     """Until a signal comes. Raises Refused if the manager does not let it join."""
     asked = _on_signals()
     host = options.advertise_address or await _advertised(options.manager, asked)
-    backend = _load_backend(options.home)
+    backend = _load_backend(options)
     abilities = await backend.probe()
     plugins = _load_accelerators()
     found = await _find_devices(options, plugins)
@@ -308,8 +344,7 @@ async def _serve(options: Options) -> None:
             linked = asyncio.create_task(link.run())
             working = [
                 linked,
-                asyncio.create_task(node.logs.run()),
-                asyncio.create_task(measurer.run()),
+                *(asyncio.create_task(part.run()) for part in (node.logs, measurer, backend)),
                 asyncio.create_task(_look(options, plugins, devices, guard)),
             ]
             waited: set[asyncio.Future[Any]] = {asked, linked}
@@ -327,6 +362,7 @@ async def _serve(options: Options) -> None:
             await modes.close()
         else:
             await supervisor.detach()
+        await backend.close()
         if traces is not None:
             await traces.close()
         if not linked.cancelled() and (error := linked.exception()) is not None:
@@ -334,7 +370,7 @@ async def _serve(options: Options) -> None:
 
 
 async def _stop_sessions(options: Options) -> None:
-    backend = _load_backend(options.home)
+    backend = _load_backend(options)
     await backend.probe()
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
         storage = ManagerStorage(fleet_pb2_grpc.FleetServiceStub(connection))
@@ -342,6 +378,7 @@ async def _stop_sessions(options: Options) -> None:
         node = _node(options, "127.0.0.1", backend, {}, modes, storage, http)
         await Supervisor(options.home, node).stop_found()
         await modes.close()
+        await backend.close()
 
 
 def _node(
@@ -363,6 +400,7 @@ def _node(
         devices=devices,
         http=http,
         logs=LogArchive(options.home),
+        storage=storage,
         modes=modes,
         tracing=traces,
     )
@@ -395,9 +433,9 @@ async def _advertised(manager: str, asked: asyncio.Future[signal.Signals]) -> st
     return ""
 
 
-def _load_backend(home: Path) -> Backend:
-    (entry,) = entry_points(group="dure.agent.backends", name=BACKEND)
-    backend: Backend = entry.load()(home)
+def _load_backend(options: Options) -> Backend:
+    (entry,) = entry_points(group=BACKENDS_GROUP, name=options.backend)
+    backend: Backend = entry.load()(options.home)
     return backend
 
 
@@ -454,6 +492,10 @@ def _hello(
         maps_mounts=abilities.maps_mounts,
         runs_images=abilities.runs_images,
         architecture=platform.machine(),
+        security_profiles=[
+            fleet_pb2.SECURITY_PROFILE_DEFAULT,
+            *([fleet_pb2.SECURITY_PROFILE_STRICT] if abilities.can_be_strict else []),
+        ],
     )
 
 

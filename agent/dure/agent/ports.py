@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 REST_S = 600.0
+# An engine tries about ten of those that it may choose from.
+GAP_MAX = 64
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,10 @@ def lease(
         if held.owner == owner and held.released_at is None:
             return port, table
     start = table.cursor + 1 if table.cursor in ports else ports.start
-    resting = 0
     for port in (*range(start, ports.stop), *range(ports.start, start)):
-        held_by = table.leases.get(port)
-        if held_by is not None and not _rested(held_by, now):
-            resting += held_by.released_at is not None
-            continue
-        if is_free(port):
+        if _is_usable(table, port, now) and is_free(port):
             return port, Table({**table.leases, port: Lease(owner)}, cursor=port)
-    raise NoPort(
-        f"no free port among {ports.start}-{ports.stop - 1} ({resting} rest for 10 minutes after their use); "
-        "give the agent more with --session-ports"
-    )
+    raise _no_port(table, ports, now)
 
 
 def lease_fixed(table: Table, owner: str, port: int, is_free: Callable[[int], bool]) -> Table:
@@ -78,6 +72,36 @@ def _lease_number(
     if not is_free(port):
         raise NoPort(f"{what} of this host is taken by a process outside of Dure; {advice}")
     return Table({**table.leases, port: Lease(owner)}, cursor=table.cursor)
+
+
+def gap(table: Table, ports: range, now: float) -> range:
+    """Ports in a row that nobody has and that do not rest, at most GAP_MAX, from the next one on. Few are
+    chosen only when there are no more: another kernel may just be getting one of them."""
+    start = table.cursor + 1 if table.cursor in ports else ports.start
+    best = range(0)
+    for part in (range(start, ports.stop), range(ports.start, start)):
+        port = part.start
+        while port < part.stop:
+            end = port
+            while end < part.stop and end - port < GAP_MAX and _is_usable(table, end, now):
+                end += 1
+            if end - port == GAP_MAX:
+                return range(port, end)
+            best = max(best, range(port, end), key=len)
+            port = end + 1
+    if not best:
+        raise _no_port(table, ports, now)
+    return best
+
+
+def claim(table: Table, owner: str, port: int) -> Table:
+    """A port that an engine has chosen for `owner`, which has no other."""
+    leases = {
+        number: held
+        for number, held in table.leases.items()
+        if held.owner != owner or held.released_at is not None
+    }
+    return Table({**leases, port: Lease(owner)}, cursor=port)
 
 
 def release(table: Table, owner: str, now: float) -> Table:
@@ -112,6 +136,23 @@ def parse_range(text: str) -> range:
     if not (1024 <= ports.start <= ports.stop - 1 <= 65535):
         raise ValueError(f"`{text}` is not a range of ports between 1024 and 65535, lower end first")
     return ports
+
+
+def _is_usable(table: Table, port: int, now: float) -> bool:
+    held = table.leases.get(port)
+    return held is None or _rested(held, now)
+
+
+def _no_port(table: Table, ports: range, now: float) -> NoPort:
+    resting = sum(
+        1
+        for port, held in table.leases.items()
+        if port in ports and held.released_at is not None and not _rested(held, now)
+    )
+    return NoPort(
+        f"no free port among {ports.start}-{ports.stop - 1} ({resting} rest for 10 minutes after their use); "
+        "give the agent more with --session-ports"
+    )
 
 
 def _rested(held: Lease, now: float) -> bool:

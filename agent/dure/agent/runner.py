@@ -19,6 +19,7 @@ from dure.agent.backends import outcome
 from dure.agent.backends.base import (
     Backend,
     ClusterFiles,
+    Container,
     Ended,
     ExtraMount,
     Handle,
@@ -39,6 +40,7 @@ from dure.agent.prober import Answer
 from dure.agent.serial_starts import SerialStarts
 from dure.agent.shim.files import read_json, write_bytes, write_json
 from dure.agent.starts import Start
+from dure.agent.storage import ManagerStorage
 from dure.fleet.v1 import fleet_pb2
 from dure.wire.backoff import backoff_s
 from dure.wire.tracing import Tracing
@@ -59,6 +61,7 @@ class Node:
     devices: Mapping[str, fleet_pb2.Device]
     http: aiohttp.ClientSession
     logs: LogArchive
+    storage: ManagerStorage
     modes: Modes
     serial: SerialStarts = field(default_factory=SerialStarts)
     counts: Counts = field(default_factory=Counts)
@@ -205,13 +208,22 @@ class Runner:
         cluster = await self._join_cluster() if clusters.size(self.spec) > 1 else None
         # Several kernels on one host cannot all have the number; only main1 is reached by it.
         fixed = self.spec.fixed_port and clusters.is_probed(self.spec)
-        port = await self._node.leases.lease(self.handle.folder, self.spec.port if fixed else 0)
-        write_json(f"{self._files}/kernel.json", {"port": port})
-        self.status.port = port
+        if self._own_network:
+            port = self.spec.port
+        else:
+            port = await self._node.leases.lease(self.handle.folder, self.spec.port if fixed else 0)
+            self.status.port = port
+            write_json(f"{self._files}/kernel.json", {"port": port})
         injection = await self._node.modes.prepare(self.spec, self.handle)
         await self._node.serial.take(self.spec, self._say)
         self._say("starting")
         await self._node.backend.start(self._plan(model, tuple(extra), cluster, port, injection), self._tell)
+
+    @property
+    def _own_network(self) -> bool:
+        """Whether it has a network of its own: contained, and not of a session that spans nodes."""
+        spans = clusters.size(self.spec) > 1 and not self.spec.cluster.one_node
+        return self._node.backend.contains and not spans
 
     async def _extra_mount(self, mount: fleet_pb2.Mount) -> ExtraMount:
         self._say(f"getting folder `{mount.folder}`")
@@ -224,10 +236,13 @@ class Runner:
         problem = clusters.problem(place)
         if problem:
             raise StartFailed(f"the session makes no sense: {problem}")
-        if clusters.host(self.spec) == place.hosts[0]:
+        own_network = self._own_network
+        if clusters.host(self.spec) == place.hosts[0] and not own_network:
             await self._node.leases.lease_rendezvous(self.handle.folder, place.rendezvous_port)
         addresses = []
-        for name, address in zip(place.hosts, place.addresses, strict=True):
+        # The engine's own names stand for those of a session that has a network of its own.
+        reached = () if own_network else zip(place.hosts, place.addresses, strict=True)
+        for name, address in reached:
             try:
                 addresses.append(await machine.resolve(address))
             except OSError as error:
@@ -237,10 +252,11 @@ class Runner:
                 ) from error
         table = await asyncio.to_thread(machine.host_table)
         return ClusterFiles(
-            clusters.host_table(table, place.hosts, addresses),
+            clusters.host_table(table, place.hosts[: len(addresses)], addresses),
             lambda home: (
                 clusters.ssh_files(keys, place.hosts, home) if self.spec.HasField("ssh_keys") else {}
             ),
+            tuple(addresses),
         )
 
     def _plan(
@@ -260,7 +276,8 @@ class Runner:
             port=port,
             model_place=place,
             devices=self._node.devices,
-            inherited=os.environ,
+            # An image has its own PATH and libraries.
+            inherited={} if self._node.backend.contains else os.environ,
         )
         return Plan(
             handle=self.handle,
@@ -280,7 +297,26 @@ class Runner:
             shared_memory_bytes=spec.shared_memory_bytes,
             cluster=cluster,
             injection=injection,
+            container=self._container(cluster) if self._node.backend.contains else None,
         )
+
+    def _container(self, cluster: ClusterFiles | None) -> Container:
+        spec = self.spec
+        granted = (grant.device for grant in spec.devices)
+        return Container(
+            spec=spec,
+            agent=self._node.agent,
+            host=self._node.host,
+            hostname=clusters.host(spec),
+            devices=tuple(self._node.devices[device] for device in granted),
+            credential=self._credential,
+            free_ports=self._node.leases.gap,
+            names=tuple(spec.cluster.hosts) if cluster is not None else (),
+            addresses=cluster.addresses if cluster is not None else (),
+        )
+
+    async def _credential(self) -> tuple[str, str]:
+        return await self._node.storage.image_credential(self.spec.uid)
 
     async def _follow(self, condemned: bool) -> None:
         """`condemned`: the agent before began to end it."""
@@ -292,6 +328,9 @@ class Runner:
             while True:
                 seen = await self._node.backend.wait(self.handle, seen)
                 self.status.pid = seen.pid
+                if seen.port and seen.port != self.status.port:
+                    self.status.port = seen.port
+                    await self._node.leases.claim(self.handle.folder, seen.port)
                 self.status.message = seen.message
                 if seen.ended is not None:
                     self._end(seen.ended)

@@ -42,25 +42,27 @@ def stranger(port: int, inodes: frozenset[int], pids: Iterable[int]) -> str:
     return ""
 
 
-def elsewhere(port: int, pids: Iterable[int]) -> str:
-    """The advice for a program that listens on other ports than the one that it was given, else empty."""
+def elsewhere(port: int, pids: Iterable[int], inside: int = 0) -> str:
+    """The advice for a program that listens on other ports than the one that it was given, else empty.
+    `inside` is a process in whose network to look, 0 for this one's."""
     own = inodes_of(pids)
-    others = {number for number, listener in _listening() if listener.inode in own}
+    others = {number for number, listener in _listening(inside) if listener.inode in own}
     if not others or port in others:
         return ""
     shown = ", ".join(map(str, sorted(others)[:PORTS_SHOWN_MAX]))
     return f" (the session listens on {shown}): let its command listen on {{port}}, or on $PORT"
 
 
-def listeners(port: int) -> list[Listener]:
-    return [listener for number, listener in _listening() if number == port]
+def listeners(port: int, inside: int = 0) -> list[Listener]:
+    return [listener for number, listener in _listening(inside) if number == port]
 
 
-def _listening() -> Iterator[tuple[int, Listener]]:
+def _listening(inside: int = 0) -> Iterator[tuple[int, Listener]]:
     """Every listening socket, by its port."""
+    network = f"/proc/{inside}/net" if inside else "/proc/net"
     for name in ("tcp", "tcp6"):
         try:
-            with open(f"/proc/net/{name}", encoding="ascii") as file:
+            with open(f"{network}/{name}", encoding="ascii") as file:
                 next(file)
                 for line in file:
                     fields = line.split()
@@ -69,7 +71,7 @@ def _listening() -> Iterator[tuple[int, Listener]]:
                         break
                     address, _, number = fields[1].partition(":")
                     yield int(number, 16), Listener(_address(address), int(fields[9]))
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             continue
 
 

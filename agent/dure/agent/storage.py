@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar, cast
 
+import grpc
 import grpc.aio
 
 from dure.agent.folders import FILES_MAX
@@ -37,6 +38,21 @@ class ManagerStorage:
         await self._welcomed.wait()
         assert self._welcome is not None
         return self._welcome
+
+    async def image_credential(self, kernel_uid: str) -> tuple[str, str]:
+        """User and password for the registry of a kernel's image; both empty if the manager knows none."""
+        await self.welcome()
+        try:
+            answer = await self._stub.GetImageCredential(
+                fleet_pb2.GetImageCredentialRequest(kernel_uid=kernel_uid),
+                metadata=bearer(self._credential),
+                timeout=SILENCE_LIMIT_S,
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return "", ""
+            raise from_rpc(error) from error
+        return answer.username, answer.password
 
     async def manifest(self, folder_uid: str) -> list[fleet_pb2.ManifestFile]:
         call = self._stub.GetFolderManifest(

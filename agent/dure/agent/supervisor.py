@@ -42,7 +42,7 @@ class Supervisor:
 
     async def adopt(self) -> None:
         """Takes up what the agent before left."""
-        for spec in await asyncio.to_thread(self._find):
+        for spec in await self._find_all():
             self._kernels.adopt(spec.uid, spec.generation, Phase.PREPARING)
             self._launch(spec)
         await self._settle()
@@ -145,11 +145,21 @@ class Supervisor:
 
     async def stop_found(self) -> None:
         """Ends what the agent before left, without taking it up: nothing is started for it."""
-        for spec in await asyncio.to_thread(self._find):
+        for spec in await self._find_all():
             runner = self._runner(spec)
+            runner.save()
             await self._node.backend.adopt(runner.handle)
             self._runners[spec.uid] = runner
         await self.stop_all()
+
+    async def _find_all(self) -> list[fleet_pb2.KernelSpec]:
+        """What the agent's folder knows of, and what the back end does beside."""
+        found = {spec.uid: spec for spec in await asyncio.to_thread(self._find)}
+        for spec in await self._node.backend.find():
+            if spec.uid not in found and _is_fine(spec.uid):
+                _log.warning("kernel %s is there, but not in the agent's folder", spec.uid)
+                found[spec.uid] = spec
+        return list(found.values())
 
     def _find(self) -> list[fleet_pb2.KernelSpec]:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from dure.agent.usage import Usage
@@ -108,12 +109,26 @@ def look(groups: Groups, table: ProcessTable, root: int) -> Usage:
     # A group that is going away tells nothing more: to go on with /proc would mix two counters.
     if not (groups.tells_cpu and groups.tells_memory and groups.tells_disk):
         # The shim stands in no group, but collects orphans, and writes the log on the kernel's behalf.
-        pids = [root, *groups.pids()] if groups.tells_pids else table.tree(root)
+        pids = list({root, *groups.pids()}) if groups.tells_pids else table.tree(root)
         cpu_s = cpu_s if groups.tells_cpu else cpu_of(pids)
         memory_bytes = memory_bytes if groups.tells_memory else memory_of(pids)
         disk = disk if groups.tells_disk else disk_of(pids)
     read, written = disk if disk is not None else (None, None)
     return Usage(at_s, cpu_s, memory_bytes, read, written)
+
+
+def with_network(usage: Usage, pid: int) -> Usage:
+    """With what a process's network, which must be its kernel's own, has received and sent."""
+    data = _read(f"/proc/{pid}/net/dev")
+    if data is None:
+        return usage
+    received = sent = 0
+    for line in data.split(b"\n")[2:]:
+        name, colon, fields = line.partition(b":")
+        if colon and name.strip() != b"lo":
+            values = fields.split()
+            received, sent = received + int(values[0]), sent + int(values[8])
+    return replace(usage, net_received_bytes=received, net_sent_bytes=sent)
 
 
 def cpu_of(pids: Iterable[int]) -> float | None:

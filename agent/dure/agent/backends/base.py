@@ -47,6 +47,8 @@ class ClusterFiles:
 
     hosts: str
     ssh: Callable[[str], Mapping[str, tuple[str, int]]]
+    # Of all kernels of the session, numeric; empty where the session has a network of its own.
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,11 @@ class Injection:
 
 @dataclass(frozen=True)
 class Container:
-    """What a contained kernel has beside. `host` is the address at which its port is published; `devices`
-    are those granted. `addresses` are those of `names`, all kernels of its session, empty for a session of
-    one. `cpus` and `memory_nodes` pin it (the kernel's own notation, empty for anywhere). `credential` asks
-    for user and password of the image's registry, both empty if there are none."""
+    """What a contained kernel has beside. `host` is the address at which its port is published, and
+    `free_ports` those of which the engine may choose one now; `devices` are those granted. `addresses` are
+    those of `names`, all kernels of its session, empty for a session of one. `cpus` and `memory_nodes` pin
+    it (the kernel's own notation, empty for anywhere). `credential` asks for user and password of the image's
+    registry, both empty if there are none."""
 
     spec: fleet_pb2.KernelSpec
     agent: str
@@ -81,6 +84,7 @@ class Container:
     hostname: str
     devices: tuple[fleet_pb2.Device, ...]
     credential: Callable[[], Awaitable[tuple[str, str]]]
+    free_ports: Callable[[], Awaitable[range]]
     names: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
     cpus: str = ""
@@ -157,6 +161,8 @@ class Abilities:
     maps_mounts: bool
     runs_images: bool
     limitations: tuple[str, ...] = field(default=())
+    # Whether kernels can have the profile STRICT.
+    can_be_strict: bool = False
     # Why GPUs of an accelerator, by its name, cannot be given to kernels; what is not named can.
     no_devices: Mapping[str, str] = field(default_factory=dict)
 
@@ -181,6 +187,12 @@ class Backend(Protocol):
 
     async def probe(self) -> Abilities:
         """Finds out what works here; called once, before anything else."""
+
+    async def run(self) -> None:
+        """What it does beside, until it is cancelled; it may return. Its other verbs work without."""
+
+    async def close(self) -> None:
+        """Lets go of everything; kernels run on."""
 
     async def find(self) -> list[fleet_pb2.KernelSpec]:
         """Kernels of this agent that are there though the agent's folder may know nothing of them."""

@@ -92,6 +92,28 @@ class Cgroups:
         return Groups(tuple(folders), kill_file, oom_file)
 
 
+def folders_of(pid: int, mountinfo: str = "/proc/self/mountinfo") -> list[Path]:
+    """The groups of a process in each mounted hierarchy; none if it is gone."""
+    try:
+        own = _own_paths(f"/proc/{pid}/cgroup")
+    except OSError:
+        return []
+    found = []
+    for mount, root, version, names in _mounts(mountinfo):
+        path = own.get("" if version == 2 else names[0])
+        if path is None:
+            continue
+        folder = mount / os.path.relpath(path, root) if _is_below(path, root) else mount / path.lstrip("/")
+        # The top is everybody's.
+        if folder != mount and folder.is_dir():
+            found.append(folder)
+    return found
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
 def members(folders: list[Path]) -> set[int]:
     """Processes in any of the groups, or below them."""
     found: set[int] = set()

@@ -82,6 +82,12 @@ class ProcessBackend:
     def model_place(self, model: Path | None, target: str) -> str:
         return view.model_place(model, target, not self._no_maps)
 
+    async def run(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
     async def find(self) -> list[fleet_pb2.KernelSpec]:
         # Nothing is known of a kernel without its folder.
         return []

@@ -91,7 +91,7 @@ class View:
         `subpath` a folder in it, on a way without symbolic links, whoever writes to it meanwhile."""
         target = self._resolve(target)
         self._make(target)
-        descriptor = _open_below(_OLD + source, subpath)
+        descriptor = open_below(_OLD + source, subpath)
         try:
             mount(f"/proc/self/fd/{descriptor}", target, "", MS_BIND)
         finally:
@@ -195,7 +195,7 @@ def _close(target: str) -> None:
     mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | _locked_flags(target))
 
 
-def _open_below(folder: str, subpath: str) -> int:
+def open_below(folder: str, subpath: str) -> int:
     """A descriptor of `folder/subpath`, on a way without symbolic links."""
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(folder, flags)

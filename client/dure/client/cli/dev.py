@@ -53,6 +53,12 @@ def _pool(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     show_default=True,
     help="GPUs to pretend for each agent where there are none.",
 )
+@click.option(
+    "--backend",
+    default="process",
+    show_default=True,
+    help="What runs sessions: `process`, or `docker` (DOCKER_HOST names its socket).",
+)
 def dev(
     data_dir: Path | None,
     manager_port: int | None,
@@ -60,8 +66,9 @@ def dev(
     proxy_admin_port: int | None,
     agents: int,
     simulated_gpus: int,
+    backend: str,
 ) -> None:
-    """Run a whole cluster on this machine: manager, agents, proxy; no container engine, no GPU needed.
+    """Run a whole cluster on this machine: manager, agents, proxy; no GPU needed, and no container engine.
 
     Ports are recorded in the data folder and used again. Programs that die are reported, not restarted.
     Ctrl-C stops everything, sessions too.
@@ -70,7 +77,7 @@ def dev(
     wanted = WantedPorts(manager_port, proxy_admin_port, proxy_ports)
 
     async def body() -> None:
-        plan = make_plan(folder, wanted, agents, simulated_gpus, None, say)
+        plan = make_plan(folder, wanted, agents, simulated_gpus, None, say, backend)
         cluster = DevCluster(plan, say)
         await in_foreground(cluster, context_files(folder), summarise, None)
 

@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Plan:
     """What to run, where. `cpus` None: what each agent finds. Metrics ports are the manager's, then each
-    agent's; without, they show none.
+    agent's; without, they show none. `backend` runs the agents' sessions.
     """
 
     data_dir: Path
@@ -45,6 +45,7 @@ class Plan:
     simulated_gpus: int
     cpus: int | None = None
     metrics_ports: tuple[int, ...] = ()
+    backend: str = "process"
 
     @property
     def manager_address(self) -> str:
@@ -109,7 +110,10 @@ class DevCluster:
             for number, agent in enumerate(self._agents, 1):
                 cpus = [] if plan.cpus is None else ["--cpus", str(plan.cpus)]
                 gpus = ["--simulated-gpus", str(plan.simulated_gpus)]
-                self._launch(agent, [*joined, agent.name, *gpus, *cpus, *self._metrics(number)], token)
+                backend = ["--backend", plan.backend]
+                self._launch(
+                    agent, [*joined, agent.name, *backend, *gpus, *cpus, *self._metrics(number)], token
+                )
 
             async def all_there() -> bool:
                 cluster = await client.admin.get_cluster()

@@ -18,7 +18,13 @@ Body = Callable[[DevCluster], Awaitable[None]]
 
 
 def make_plan(
-    data_dir: Path, wanted: WantedPorts, agents: int, simulated_gpus: int, cpus: int | None, say: Say
+    data_dir: Path,
+    wanted: WantedPorts,
+    agents: int,
+    simulated_gpus: int,
+    cpus: int | None,
+    say: Say,
+    backend: str = "process",
 ) -> Plan:
     """Chooses the ports and records them in the data folder; needs a running event loop."""
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -49,7 +55,7 @@ def make_plan(
         },
         mode=0o644,
     )
-    return Plan(data_dir, ports, agents, simulated_gpus, cpus, metrics)
+    return Plan(data_dir, ports, agents, simulated_gpus, cpus, metrics, backend)
 
 
 async def in_foreground(

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from dure.agent.backends.docker_engine import NoAnswer, NotThere, Refusal
+from dure.agent.backends.docker.engine import NoAnswer, NotThere, Refusal
 
 CONNECT_S = 10.0
 FRAME_BYTES_MAX = 1024 * 1024
@@ -82,18 +82,24 @@ async def messages(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any
 
 
 @contextlib.asynccontextmanager
-async def events(socket: str, label: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-    """Starts and ends of containers with the label, from now on."""
-    filters = {"type": ["container"], "label": [label], "event": ["start", "die", "oom", "destroy"]}
-    async with opened(socket, "GET", "/events", query={"filters": json.dumps(filters)}) as content:
+async def events(
+    socket: str, labels: Sequence[str], since: str
+) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+    """Starts and ends of containers with the labels (`name=value`), from a time on that is given in Unix
+    seconds with a fraction."""
+    filters = {"type": ["container"], "label": list(labels), "event": ["start", "die", "oom", "destroy"]}
+    query = {"filters": json.dumps(filters), "since": since}
+    async with opened(socket, "GET", "/events", query=query) as content:
         yield messages(content)
 
 
 @contextlib.asynccontextmanager
-async def log(socket: str, container: str, since: str) -> AsyncIterator[AsyncIterator[tuple[int, bytes]]]:
-    """What a container wrote and writes, each line after its time, until it ends. `since` is a time in Unix
-    seconds with a fraction, empty for all."""
-    query = {"stdout": "1", "stderr": "1", "timestamps": "1", "follow": "1"}
+async def log(
+    socket: str, container: str, since: str, *, follow: bool
+) -> AsyncIterator[AsyncIterator[tuple[int, bytes]]]:
+    """What a container wrote and, to follow, writes until it ends, each line after its time. `since` is a
+    time in Unix seconds with a fraction, empty for all."""
+    query = {"stdout": "1", "stderr": "1", "timestamps": "1", "follow": "1" if follow else "0"}
     if since:
         query["since"] = since
     async with opened(socket, "GET", f"/containers/{container}/logs", query=query) as content:
