@@ -2,8 +2,8 @@
 
     gpu_user.py LEDGER BYTES [UTIL] [mps]
 
-It uses the GPUs that CUDA_VISIBLE_DEVICES names, as long as it lives: BYTES of each, UTIL percent of the time.
-GET /use?bytes=N makes it use N; any other path answers 200.
+It uses the GPUs that CUDA_VISIBLE_DEVICES names, as long as it lives: BYTES of each, UTIL percent of the
+time. GET /use?bytes=N makes it use N; any other path answers 200.
 """
 
 import fcntl

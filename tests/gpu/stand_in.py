@@ -55,7 +55,7 @@ def functions() -> frozenset[str]:
 
 
 def build(folder: Path) -> Path:
-    """Makes the library in the folder. With NVIDIA's header, the compiler holds every prototype against it."""
+    """Makes the library in the folder. With NVIDIA's header the compiler checks every prototype."""
     source = HERE / "fake_nvml.c"
     told = frozenset(re.findall(r"^(?:nvmlReturn_t|const char \*)\s*(nvml\w+)\(", source.read_text(), re.M))
     rest = folder / "not_supported.c"

@@ -1,4 +1,4 @@
-"""The stand-in for NVIDIA's library is like NVIDIA's: for its header, for its Python bindings, for another's tool."""
+"""The stand-in for NVIDIA's library is like the real one: to its header, its bindings, another's tool."""
 
 from __future__ import annotations
 
@@ -76,9 +76,11 @@ for index in range(nvmlDeviceGetCount()):
             parts.append({"uuid": nvmlDeviceGetUUID(part), "name": nvmlDeviceGetName(part),
                           "memory": nvmlDeviceGetMemoryInfo(part).total,
                           "slices": nvmlDeviceGetAttributes(part).gpuInstanceSliceCount})
-            assert nvmlDeviceGetUUID(nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)) == nvmlDeviceGetUUID(one)
+            parent = nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)
+            assert nvmlDeviceGetUUID(parent) == nvmlDeviceGetUUID(one)
     found.append({"uuid": nvmlDeviceGetUUID(one), "name": nvmlDeviceGetName(one),
-                  "pci": nvmlDeviceGetPciInfo(one).busId.lower()[4:], "memory": nvmlDeviceGetMemoryInfo(one).total,
+                  "pci": nvmlDeviceGetPciInfo(one).busId.lower()[4:],
+                  "memory": nvmlDeviceGetMemoryInfo(one).total,
                   "numa": nvmlDeviceGetMemoryAffinity(one, 1, 0)[0].bit_length() - 1,
                   **({"parts": parts} if parts else {})})
 first = nvmlDeviceGetHandleByUUID(found[0]["uuid"])
@@ -130,7 +132,8 @@ def test_a_process_uses_a_gpu_as_long_as_it_lives(tmp_path: Path) -> None:
         pid = program.pid
         if inside:
             pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
-        used = "print([(one.pid, one.usedGpuMemory) for i in range(2) for one in CALL(nvmlDeviceGetHandleByIndex(i))])"
+        both = "for i in range(2) for one in CALL(nvmlDeviceGetHandleByIndex(i))"
+        used = f"print([(one.pid, one.usedGpuMemory) {both}])"
         clients = used.replace("CALL", "nvmlDeviceGetMPSComputeRunningProcesses")
         assert ask(node, clients) == str([(pid, 5 * GIB)] * 2)
         assert ask(node, used.replace("CALL", "nvmlDeviceGetComputeRunningProcesses")) == "[]"

@@ -42,15 +42,15 @@ class _Case:
 
 
 class Guard:
-    """`kernels` are those that were told to run and have not ended; `condemn` begins to end one, and is
-    called again as long as it runs; `devices` are those of the node."""
+    """`kernels` are those that were told to run and have not ended, None if they are not known yet;
+    `condemn` begins to end one, and is called again as long as it runs; `devices` are those of the node."""
 
     def __init__(
         self,
         modes: Modes,
         backend: Backend,
         devices: Mapping[str, fleet_pb2.Device],
-        kernels: Callable[[], Sequence[Runner]],
+        kernels: Callable[[], Sequence[Runner] | None],
         condemn: Callable[[str, Ended], None],
     ) -> None:
         self._modes = modes
@@ -61,9 +61,15 @@ class Guard:
         self._judging = Background("guard")
         self._short_since_s: dict[str, float] = {}
 
-    async def look(self, found: Found) -> None:
-        """One round; `found` is what the driver told last. Within a few seconds, whatever hangs."""
+    async def look(self, found: Found) -> tuple[str, ...]:
+        """One round; `found` is what the driver told last. Within a few seconds, whatever hangs. Answers what
+        the node lacks to keep kernels within their parts, for people."""
         await self._modes.assess(found)
+        if self._kernels() is not None:
+            await self._look(found)
+        return self._modes.limitations
+
+    async def _look(self, found: Found) -> None:
         cases = await self._cases(found)
         try:
             judged = await self._judging.run(lambda: self._judge(cases, found), JUDGE_LIMIT_S)
@@ -83,7 +89,7 @@ class Guard:
 
     async def _cases(self, found: Found) -> list[_Case]:
         """Kernels that have devices, and, if somebody else uses a GPU, those that have none."""
-        runners = list(self._kernels())
+        runners = self._kernels() or ()
         pids = await self._processes([runner for runner in runners if runner.spec.devices])
         ours = frozenset().union(*pids.values()) if pids else frozenset()
         if any(used.keys() - ours for used in found.memory.values()):
@@ -176,7 +182,7 @@ class Guard:
         return Ended(choice.REASON, -1, choice.shortfall(required, standing.mode, standing.detail))
 
     async def _forget(self) -> None:
-        living = {runner.spec.uid: runner for runner in self._kernels()}
+        living = {runner.spec.uid: runner for runner in self._kernels() or ()}
         self._short_since_s = {uid: at for uid, at in self._short_since_s.items() if uid in living}
         for mode in self._modes.all.values():
             mode.forget(frozenset(living))

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from dure.agent import clusters, devices, environment, health, machine, ports, prober
+from dure.agent import clusters, devices, environment, health, machine, numa, ports, prober
 from dure.agent.backends import outcome
 from dure.agent.backends.base import (
     Backend,
@@ -66,6 +66,8 @@ class Node:
     serial: SerialStarts = field(default_factory=SerialStarts)
     counts: Counts = field(default_factory=Counts)
     tracing: Tracing | None = None
+    # The machine's NUMA nodes, by number, if kernels are to be pinned to them.
+    numa_nodes: Mapping[int, numa.Node] = field(default_factory=dict)
 
 
 class Runner:
@@ -279,6 +281,7 @@ class Runner:
             # An image has its own PATH and libraries.
             inherited={} if self._node.backend.contains else os.environ,
         )
+        pin = self._pin()
         return Plan(
             handle=self.handle,
             model=model,
@@ -296,6 +299,8 @@ class Runner:
             extra_mounts=extra,
             shared_memory_bytes=spec.shared_memory_bytes,
             cluster=cluster,
+            cpus=pin.cpus,
+            memory_nodes=pin.memory_nodes,
             injection=injection,
             container=self._container(cluster) if self._node.backend.contains else None,
         )
@@ -317,6 +322,11 @@ class Runner:
 
     async def _credential(self) -> tuple[str, str]:
         return await self._node.storage.image_credential(self.spec.uid)
+
+    def _pin(self) -> numa.Pin:
+        granted = [self._node.devices[grant.device] for grant in self.spec.devices]
+        cpu_milli, memory_bytes = self.spec.slots.get("cpu", 0), self.spec.slots.get("mem", 0) // 1000
+        return numa.pin(granted, cpu_milli, memory_bytes, self._node.numa_nodes)
 
     async def _follow(self, condemned: bool) -> None:
         """`condemned`: the agent before began to end it."""

@@ -38,6 +38,7 @@ class Supervisor:
         # Uids whose status was not sent yet: as many as there are kernels and fresh tombstones, at most.
         self._unsent: dict[str, None] = {}
         self._snapshot: fleet_pb2.Desired | None = None
+        self._adopted = False
         self.changed = asyncio.Event()
 
     async def adopt(self) -> None:
@@ -45,6 +46,7 @@ class Supervisor:
         for spec in await self._find_all():
             self._kernels.adopt(spec.uid, spec.generation, Phase.PREPARING)
             self._launch(spec)
+        self._adopted = True
         await self._settle()
         if self._runners:
             _log.info("adopted %d kernels", len(self._runners))
@@ -74,14 +76,31 @@ class Supervisor:
             if not runner.ended and self._kernels.phase(uid) is Phase.RUNNING
         ]
 
-    def guarded(self) -> list[Runner]:
-        """Kernels that were told to run and have not ended."""
+    def guarded(self) -> list[Runner] | None:
+        """Kernels that were told to run and have not ended; None before those of an earlier agent were taken
+        up."""
+        if not self._adopted:
+            return None
         phases = (Phase.PREPARING, Phase.RUNNING)
         return [
             runner
             for uid, runner in self._runners.items()
             if not runner.ended and self._kernels.phase(uid) in phases
         ]
+
+    def held(self) -> frozenset[str]:
+        """Ids of the devices that kernels have which have not ended."""
+        return frozenset(
+            grant.device
+            for runner in self._runners.values()
+            if not runner.ended
+            for grant in runner.spec.devices
+        )
+
+    async def held_before(self) -> frozenset[str]:
+        """Ids of the devices of kernels that the agent before left."""
+        specs = await self._find_all()
+        return frozenset(grant.device for spec in specs for grant in spec.devices)
 
     def condemn(self, uid: str, ended: Ended) -> None:
         """Begins to end a kernel for a reason of the node's own. One that resists goes on; whoever condemned

@@ -23,17 +23,16 @@ async def readable(descriptors: Sequence[int], limit_s: float | None = None) -> 
         if not ready.done():
             ready.set_result(None)
 
-    # Copies: the loop has one reader for a descriptor, and who follows a kernel's process must hear of its
-    # end though somebody else stops it.
-    copies = [os.dup(descriptor) for descriptor in descriptors]
+    # A loop keeps one reader of a descriptor, and who stops a kernel waits beside who follows it.
+    own = [os.dup(descriptor) for descriptor in descriptors]
     try:
-        for copy in copies:
-            loop.add_reader(copy, wake)
+        for descriptor in own:
+            loop.add_reader(descriptor, wake)
         done, _ = await asyncio.wait([ready], timeout=limit_s)
     finally:
-        for copy in copies:
-            loop.remove_reader(copy)
-            os.close(copy)
+        for descriptor in own:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
     return bool(done)
 
 

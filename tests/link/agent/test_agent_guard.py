@@ -10,7 +10,9 @@ from pathlib import Path
 from dure.agent.accelerators import Found, device
 from dure.agent.backends.base import Ended, Handle
 from dure.agent.enforcement.modes import Asked, Modes
+from dure.agent.enforcement.mps_daemon import Daemon
 from dure.agent.guard import PROCESSES_LIMIT_S, Guard
+from dure.agent.shim.files import write_json
 from dure.agent.waiting import readable
 from dure.fleet.v1 import fleet_pb2
 
@@ -141,5 +143,22 @@ def test_two_may_wait_for_the_end_of_one_process() -> None:
         finally:
             os.close(pidfd)
             await process.wait()
+
+    asyncio.run(run())
+
+
+def test_nothing_is_taken_from_kernels_that_are_not_known_yet(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    daemon = Daemon.of(tmp_path, GPU)
+    daemon.folder.mkdir(parents=True)
+    write_json(str(daemon.folder / "daemon.json"), {"gpu": GPU, "compute_mode": ""})
+
+    async def run() -> None:
+        kernels, world.kernels = world.kernels, None  # type: ignore[assignment]
+        await world.guard.look(world.found())
+        assert daemon.was_started()
+        world.kernels = kernels
+        await world.guard.look(world.found())
+        assert not daemon.was_started()
 
     asyncio.run(run())

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,13 @@ from dure.fleet.v1 import fleet_pb2
 
 GIB = 2**30
 GPU, OTHER = "GPU-0", "GPU-1"
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Sockets of MPS lie in the agent's folder, and their paths have a bound."""
+    with tempfile.TemporaryDirectory(prefix="dure-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -63,56 +71,65 @@ def program(environ: dict[str, str]) -> Iterator[int]:
             process.kill()
 
 
+async def kill(daemon: Daemon) -> None:
+    os.kill(daemon.pid(), signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while daemon.pid():
+            await asyncio.sleep(0.01)
+
+
 def using(pid: int, *, mps: bool = False) -> Seen:
     return Seen(frozenset({pid}), {GPU: {pid: GIB}}, frozenset({pid} if mps else ()))
 
 
 def test_an_mps_daemon_is_started_when_it_is_needed_and_taken_up_by_the_next_agent(
-    tmp_path: Path, mps_node: MpsNode
+    short_path: Path, mps_node: MpsNode
 ) -> None:
     async def run() -> None:
-        first = Mps(tmp_path)
+        first = Mps(short_path)
         try:
             assert await first.probe(gpu(), told=True) == ""
             assert mps_node.starts() == []
-            given = await first.inject(kernel(tmp_path / "k1", 250, user=os.geteuid()))
+            given = await first.inject(kernel(short_path / "k1", 250, user=os.geteuid()))
             pipes = given.environ["CUDA_MPS_PIPE_DIRECTORY"]
-            assert Path(pipes).is_relative_to(tmp_path)
+            assert Path(pipes).is_relative_to(short_path)
             assert given.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
             assert given.environ["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=20480M"
             assert (given.binds, given.host_ipc) == ((), False)
             assert mps_node.compute_mode(GPU) == "EXCLUSIVE_PROCESS"
-            pid = Daemon.of(tmp_path, GPU).pid()
+            pid = Daemon.of(short_path, GPU).pid()
 
-            second = Mps(tmp_path)
-            contained = await second.inject(kernel(tmp_path / "k2", 500, contained=True))
+            second = Mps(short_path)
+            contained = await second.inject(kernel(short_path / "k2", 500, contained=True))
             assert contained.environ["CUDA_MPS_PIPE_DIRECTORY"] == PIPES
             assert [(bind.source, bind.target) for bind in contained.binds] == [(pipes, PIPES)]
             assert contained.host_ipc
-            assert Daemon.of(tmp_path, GPU).pid() == pid
+            assert Daemon.of(short_path, GPU).pid() == pid
             assert mps_node.starts() == [GPU]
         finally:
             await first.retire(())
-        assert Daemon.of(tmp_path, GPU).pid() == 0
+        assert Daemon.of(short_path, GPU).pid() == 0
         assert mps_node.compute_mode(GPU) == "DEFAULT"
-        assert not (tmp_path / "mps").exists() or not list((tmp_path / "mps").iterdir())
+        assert not (short_path / "mps").exists() or not list((short_path / "mps").iterdir())
 
     asyncio.run(run())
 
 
-def test_an_mps_daemon_that_dies_is_started_again_but_not_for_ever(tmp_path: Path, mps_node: MpsNode) -> None:
+def test_an_mps_daemon_that_dies_is_started_again_but_not_for_ever(
+    short_path: Path, mps_node: MpsNode
+) -> None:
     async def run() -> None:
-        mps, daemon = Mps(tmp_path), Daemon.of(tmp_path, GPU)
+        mps, daemon = Mps(short_path), Daemon.of(short_path, GPU)
         try:
-            await mps.inject(kernel(tmp_path / "k1", 500))
+            await mps.inject(kernel(short_path / "k1", 500))
             for count in range(DEATHS_MAX):
-                os.kill(daemon.pid(), signal.SIGKILL)
+                await kill(daemon)
                 assert await mps.probe(gpu(), told=True) == ""
                 assert len(mps_node.starts()) == count + 2
-            os.kill(daemon.pid(), signal.SIGKILL)
+            await kill(daemon)
             assert "died 5 times" in await mps.probe(gpu(), told=True)
             with pytest.raises(CannotHold, match="died 5 times"):
-                await mps.inject(kernel(tmp_path / "k2", 500))
+                await mps.inject(kernel(short_path / "k2", 500))
             assert len(mps_node.starts()) == DEATHS_MAX + 1
         finally:
             await mps.retire(())
@@ -121,17 +138,17 @@ def test_an_mps_daemon_that_dies_is_started_again_but_not_for_ever(tmp_path: Pat
 
 
 def test_mps_that_does_not_start_says_why_and_leaves_the_gpu_to_all(
-    tmp_path: Path, mps_node: MpsNode
+    short_path: Path, mps_node: MpsNode
 ) -> None:
     mps_node.set("broken")
     devices = {GPU: gpu()}
 
     async def run() -> None:
-        modes = Modes(tmp_path, Asked(MPS), False, devices)
+        modes = Modes(short_path, Asked(MPS), False, devices)
         await modes.assess(Found(tuple(devices.values()), memory={GPU: {}}))
         assert devices[GPU].enforcement == MPS
         spec = fleet_pb2.KernelSpec(uid="k", devices=[grant(500)])
-        handle = Handle("k", tmp_path / "k")
+        handle = Handle("k", short_path / "k")
         handle.folder.mkdir()
         assert (await modes.prepare(spec, handle)).environ == {}
         assert modes.prepared(handle).mode == WATCHDOG
@@ -149,19 +166,19 @@ def test_mps_that_does_not_start_says_why_and_leaves_the_gpu_to_all(
     asyncio.run(run())
 
 
-def test_what_mps_cannot_do_is_refused_with_the_reason(tmp_path: Path, mps_node: MpsNode) -> None:
+def test_what_mps_cannot_do_is_refused_with_the_reason(short_path: Path, mps_node: MpsNode) -> None:
     mps_node.set("denied")
 
     async def run() -> None:
-        mps = Mps(tmp_path)
+        mps = Mps(short_path)
         try:
             with pytest.raises(StartFailed, match="ask for one GPU"):
-                await mps.inject(kernel(tmp_path / "k0", 500, 500))
+                await mps.inject(kernel(short_path / "k0", 500, 500))
             part = gpu()
             part.parent = "GPU-whole"
             assert await mps.probe(part, told=True) != ""
             assert "not tell" in await mps.probe(gpu(), told=False)
-            held = kernel(tmp_path / "k1", 500, user=os.geteuid())
+            held = kernel(short_path / "k1", 500, user=os.geteuid())
             await mps.inject(held)
             # Nobody may set the compute mode: it works, and is told.
             (limitation,) = mps.limitations
@@ -169,7 +186,7 @@ def test_what_mps_cannot_do_is_refused_with_the_reason(tmp_path: Path, mps_node:
             with program({}) as pid:
                 assert mps.verify(held, using(pid, mps=True)) == ""
                 assert "around MPS" in mps.verify(held, using(pid))
-                stranger = kernel(tmp_path / "k2", 250, user=os.geteuid() + 1)
+                stranger = kernel(short_path / "k2", 250, user=os.geteuid() + 1)
                 with pytest.raises(StartFailed, match="must run as one user"):
                     await mps.inject(stranger)
                 mps.forget(frozenset())

@@ -2,7 +2,8 @@
 
 A GPU that falls off the bus often loses its UUID too; it is then known by its place in the driver's list.
 One that is not listed any more counts as lost when it is missing for the second time: a driver that was just
-asked anew may not have found them all. A driver that does not answer at all loses nobody: what runs may be well.
+asked anew may not have found them all. A driver that does not answer at all loses nobody: what runs may be
+well.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def _is(gpu: Mapping[str, Any], was: Known) -> bool:
 
 
 def part_shares_milli(slices: int, slices_max: int, memory_bytes: int, memory_bytes_max: int) -> int:
-    """What a part of a GPU is of the whole, by its slices or by its memory, whichever is less, rounded down to
-    what can be asked for."""
+    """What a part of a GPU is of the whole, by its slices or by its memory, whichever is less, rounded down
+    to what can be asked for."""
     exact = min(
         SHARES_PER_DEVICE_MILLI * slices // max(slices_max, 1),
         SHARES_PER_DEVICE_MILLI * memory_bytes // max(memory_bytes_max, 1),

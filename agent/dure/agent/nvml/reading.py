@@ -150,8 +150,8 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _numa_node(handle: Any) -> int | None:
-    """The one node whose memory is nearest. Not `nvmlDeviceGetNumaNodeId`: that is the node which a GPU itself
-    is, on machines where it is one, and it has no cores."""
+    """The one node whose memory is nearest. Not `nvmlDeviceGetNumaNodeId`: that is the node which a GPU
+    itself is, on machines where it is one, and it has no cores."""
     try:
         words = pynvml.nvmlDeviceGetMemoryAffinity(handle, _NODE_WORDS, pynvml.NVML_AFFINITY_SCOPE_NODE)
     except pynvml.NVMLError:
