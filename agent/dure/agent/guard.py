@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 from dure.agent.accelerators import Found
 from dure.agent.backends.base import Backend, Ended
-from dure.agent.enforcement import MPS, NONE, Held, Seen, choice
+from dure.agent.enforcement import Held, Seen, choice
 from dure.agent.enforcement.choice import Choice, Standing
 from dure.agent.enforcement.modes import Modes
 from dure.agent.runner import Runner
 from dure.agent.waiting import Background
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import MPS, NONE
 
 # A back end that hangs takes no longer than this, for all kernels.
 PROCESSES_LIMIT_S, JUDGE_LIMIT_S = 2.0, 4.0

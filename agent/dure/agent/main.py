@@ -19,7 +19,7 @@ from dure.agent import exposition, machine, ports, prober
 from dure.agent.accelerators import Accelerator, Request
 from dure.agent.backends.base import Abilities, Backend
 from dure.agent.device_watch import DeviceWatch
-from dure.agent.enforcement import HOOK, choice
+from dure.agent.enforcement import choice
 from dure.agent.enforcement.modes import Asked, Modes
 from dure.agent.enforcement.watchdog import ALLOWANCE_MIB
 from dure.agent.folders import Folders
@@ -35,6 +35,7 @@ from dure.agent.supervisor import Supervisor
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire import channel, identity, logs, metrics_server, names, programs, quantities, settings, tracing
 from dure.wire.backoff import backoff_s
+from dure.wire.enforcement import HOOK
 from dure.wire.errors import DureError
 
 PROTOCOL_VERSION = 1

@@ -19,7 +19,7 @@ from gpu.stand_in import needs_cc
 
 from dure.agent.accelerators import Found, device
 from dure.agent.backends.base import Handle, StartFailed
-from dure.agent.enforcement import HOOK, MPS, NONE, WATCHDOG, CannotHold, Held, Part, Seen
+from dure.agent.enforcement import CannotHold, Held, Part, Seen
 from dure.agent.enforcement.choice import NOT_USED_YET
 from dure.agent.enforcement.hook import TARGET, Hook
 from dure.agent.enforcement.modes import Asked, Modes
@@ -27,6 +27,7 @@ from dure.agent.enforcement.mps import DEATHS_MAX, Mps
 from dure.agent.enforcement.mps import TARGET as PIPES
 from dure.agent.enforcement.mps_daemon import Daemon
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import HOOK, MPS, NONE, WATCHDOG
 
 GIB = 2**30
 GPU, OTHER = "GPU-0", "GPU-1"

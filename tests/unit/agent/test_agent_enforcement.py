@@ -9,21 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dure.agent.enforcement import (
-    HOOK,
-    MIB,
-    MIG,
-    MPS,
-    NONE,
-    ORDER,
-    WATCHDOG,
-    CannotHold,
-    Held,
-    Part,
-    Seen,
-    mebibytes,
-    percent,
-)
+from dure.agent.enforcement import MIB, CannotHold, Held, Part, Seen, mebibytes, percent
 from dure.agent.enforcement.choice import (
     AUTO,
     NOT_USED_YET,
@@ -34,7 +20,6 @@ from dure.agent.enforcement.choice import (
     candidates,
     choose,
     lacking_since,
-    rank,
     resolve,
     shortfall,
     standing,
@@ -44,15 +29,16 @@ from dure.agent.enforcement.hook import is_library, mapped
 from dure.agent.enforcement.mig import Mig
 from dure.agent.enforcement.mps import DEATHS_MAX, DEATHS_WITHIN_S, may_start
 from dure.agent.enforcement.watchdog import LOOKS, Watchdog, excesses, strikes
+from dure.wire.enforcement import HOOK, MIG, MODES, MPS, NONE, WATCHDOG, rank
 
 GIB = 2**30
-MODES = st.sampled_from(ORDER)
+ANY_MODE = st.sampled_from(MODES)
 BYTES = st.integers(0, 100 * GIB)
 DEVICES = st.sampled_from(["gpu-0", "gpu-1", "gpu-2"])
 
 
 def test_the_order_is_that_of_what_a_mode_keeps() -> None:
-    assert ORDER == (NONE, WATCHDOG, HOOK, MPS, MIG)
+    assert MODES == (NONE, WATCHDOG, HOOK, MPS, MIG)
     assert rank("") == rank("nonsense") == rank(NONE)
 
 
@@ -79,7 +65,7 @@ def test_what_is_tried_for_a_device(
     st.sampled_from(OPTIONS),
     st.booleans(),
     st.booleans(),
-    st.dictionaries(MODES, st.sampled_from(["", "no"])),
+    st.dictionaries(ANY_MODE, st.sampled_from(["", "no"])),
 )
 def test_a_device_gets_the_best_that_works_and_every_better_one_says_why_not(
     option: str, has_library: bool, is_part: bool, problems: dict[str, str]
@@ -92,13 +78,13 @@ def test_a_device_gets_the_best_that_works_and_every_better_one_says_why_not(
         assert problems[better] and better in found.why
 
 
-@given(st.lists(MODES, min_size=1))
+@given(st.lists(ANY_MODE, min_size=1))
 def test_a_kernel_has_the_weakest_mode_of_its_devices(modes: list[str]) -> None:
     found = weakest([Choice(mode) for mode in modes])
     assert all(rank(found.mode) <= rank(mode) for mode in modes)
 
 
-@given(MODES, st.booleans(), st.data())
+@given(ANY_MODE, st.booleans(), st.data())
 def test_nothing_is_shown_that_is_not_certain(prepared: str, watched: bool, data: st.DataObject) -> None:
     tried = below(prepared, watched)
     assert tried[-1] == NONE

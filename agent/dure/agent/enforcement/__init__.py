@@ -15,9 +15,6 @@ from typing import Protocol
 from dure.agent.backends.base import Ended, Injection
 from dure.fleet.v1 import fleet_pb2
 
-MIG, MPS, HOOK, WATCHDOG, NONE = "mig", "mps", "hook", "watchdog", "none"
-# Each keeps more than those before it.
-ORDER = (NONE, WATCHDOG, HOOK, MPS, MIG)
 MILLI = 1000
 MIB = 2**20
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dure.agent.enforcement import HOOK, MIG, MPS, NONE, ORDER, WATCHDOG
+from dure.wire.enforcement import HOOK, MIG, MODES, MPS, NONE, WATCHDOG, rank
 
 AUTO = "auto"
 OPTIONS = (AUTO, MPS, HOOK, WATCHDOG, NONE)
@@ -34,11 +34,6 @@ class Standing:
     pending: bool
 
 
-def rank(mode: str) -> int:
-    """Greater is better. Empty, and what is not known, is as `none`."""
-    return ORDER.index(mode) if mode in ORDER else 0
-
-
 def resolve(option: str, has_library: bool) -> str:
     """The mode that the option asks for."""
     if option == AUTO:
@@ -51,7 +46,7 @@ def candidates(asked: str, has_library: bool, is_part: bool) -> tuple[str, ...]:
     GPU in MIG mode is kept by the GPU whatever is asked for, and neither MPS nor a hook is for it."""
     if is_part:
         return (MIG, *((WATCHDOG,) if rank(asked) >= rank(WATCHDOG) else ()), NONE)
-    there = [mode for mode in reversed(ORDER) if mode != MIG and (mode != HOOK or has_library)]
+    there = [mode for mode in reversed(MODES) if mode != MIG and (mode != HOOK or has_library)]
     return tuple(mode for mode in there if rank(mode) <= rank(asked))
 
 
@@ -59,7 +54,7 @@ def below(mode: str, watched: bool) -> tuple[str, ...]:
     """What may be certain for a kernel that was prepared for `mode`, best first. Being watched needs no
     preparation."""
     found = {mode, NONE} - {WATCHDOG} | ({WATCHDOG} if watched else set())
-    return tuple(one for one in reversed(ORDER) if one in found)
+    return tuple(one for one in reversed(MODES) if one in found)
 
 
 def choose(tried: Sequence[str], problems: Mapping[str, str]) -> Choice:

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dure.agent.backends.base import Bind, Ended, Injection
-from dure.agent.enforcement import HOOK, CannotHold, Held, Seen, mebibytes, percent
+from dure.agent.enforcement import CannotHold, Held, Seen, mebibytes, percent
 from dure.agent.enforcement.choice import NOT_USED_YET
 from dure.agent.waiting import in_thread
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import HOOK
 
 # Where HAMi's own images and documents have it.
 TARGET_FOLDER = "/usr/local/vgpu"

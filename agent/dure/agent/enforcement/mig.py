@@ -4,8 +4,9 @@ to see that a kernel uses the part that it was given, and no other device."""
 from __future__ import annotations
 
 from dure.agent.backends.base import Ended, Injection
-from dure.agent.enforcement import MIG, Held, Seen
+from dure.agent.enforcement import Held, Seen
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import MIG
 
 
 class Mig:

@@ -16,18 +16,7 @@ from pathlib import Path
 from dure.agent import enforcement
 from dure.agent.accelerators import Found
 from dure.agent.backends.base import Handle, Injection, StartFailed
-from dure.agent.enforcement import (
-    HOOK,
-    MIG,
-    MPS,
-    NONE,
-    ORDER,
-    WATCHDOG,
-    CannotHold,
-    Enforcer,
-    Held,
-    choice,
-)
+from dure.agent.enforcement import CannotHold, Enforcer, Held, choice
 from dure.agent.enforcement.choice import AUTO, Choice
 from dure.agent.enforcement.hook import Hook
 from dure.agent.enforcement.mig import Mig
@@ -36,6 +25,7 @@ from dure.agent.enforcement.none import Unenforced
 from dure.agent.enforcement.watchdog import ALLOWANCE_MIB, Watchdog
 from dure.agent.shim.files import read_json, write_json
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import HOOK, MIG, MODES, MPS, NONE, WATCHDOG, rank
 
 # A kernel that comes before the first look at the devices waits for it, not longer than this.
 ASSESS_LIMIT_S = 20.0
@@ -76,7 +66,7 @@ class Modes:
     @property
     def watches(self) -> bool:
         """Whether kernels that go beyond their parts are ended."""
-        return choice.rank(self._asked) >= choice.rank(WATCHDOG)
+        return rank(self._asked) >= rank(WATCHDOG)
 
     async def assess(self, found: Found) -> None:
         """Finds out the mode of each device, and writes it into the node's message of it. One that is not
@@ -125,8 +115,8 @@ class Modes:
             _log.warning("the GPUs of this node were not looked at within %g s", ASSESS_LIMIT_S)
         known = choice.weakest([self._choices.get(grant.device, Choice(NONE)) for grant in spec.devices])
         held, why = self.held(spec, handle), [known.why] if known.why else []
-        for mode in [one for one in reversed(ORDER) if choice.rank(one) <= choice.rank(known.mode)]:
-            if choice.rank(mode) < choice.rank(spec.require_enforcement):
+        for mode in [one for one in reversed(MODES) if rank(one) <= rank(known.mode)]:
+            if rank(mode) < rank(spec.require_enforcement):
                 raise StartFailed(
                     choice.shortfall(spec.require_enforcement, mode, "; ".join(why)), choice.REASON
                 )

@@ -17,10 +17,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dure.agent.backends.base import Bind, Ended, Injection, StartFailed
-from dure.agent.enforcement import MPS, CannotHold, Held, Seen, mebibytes, percent
+from dure.agent.enforcement import CannotHold, Held, Seen, mebibytes, percent
 from dure.agent.enforcement.choice import REASON
 from dure.agent.enforcement.mps_daemon import Daemon, DaemonFailed, folders
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import MPS
 
 # Where a container has the pipes.
 TARGET = "/run/nvidia-mps"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dure.agent.backends.base import Ended, Injection
-from dure.agent.enforcement import NONE, Held, Seen
+from dure.agent.enforcement import Held, Seen
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import NONE
 
 
 class Unenforced:

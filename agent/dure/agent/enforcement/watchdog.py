@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dure.agent.backends.base import Ended, Injection
-from dure.agent.enforcement import MIB, MILLI, WATCHDOG, Held, Part, Seen
+from dure.agent.enforcement import MIB, MILLI, Held, Part, Seen
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import WATCHDOG
 from dure.wire.quantities import human_bytes
 
 REASON = "GPU_MEMORY_EXCEEDED"
