@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -97,9 +98,11 @@ def _asked(host: str) -> str:
         raise click.UsageError(
             "there is no terminal to ask for the password; pipe it in with --password-stdin"
         )
-    password = str(
-        click.prompt(f"Password for {host}", hide_input=True, default="", show_default=False, err=True)
-    )
+    # Not click's prompt, which is there before the echo is off.
+    try:
+        password = getpass.getpass(f"Password for {host}: ", sys.stderr)
+    except EOFError:
+        password = ""
     if not password:
         raise click.UsageError("the password is empty")
     return password
