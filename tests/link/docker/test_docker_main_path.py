@@ -107,7 +107,7 @@ def test_what_a_session_sees(tmp_path: Path) -> None:
             assert "DURE_JOIN_TOKEN" not in environ and "DOCKER_HOST" not in environ
             assert found["cwd"] == "/models" and "server.py" in found["model"]
             assert found["hostname"] == "main1"
-            assert found["data"] == ["a"] and found["sub"] == ["file"]
+            assert sorted(found["data"]) == ["a", "x"] and found["sub"] == ["file"]
             writes = found["writes"]
             assert writes["/models/x"] == writes["/sub/x"] == "Read-only file system"
             assert writes["/home/work/x"] == writes["/data/x"] == writes["/root-file"] == ""

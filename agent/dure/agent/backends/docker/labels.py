@@ -49,6 +49,11 @@ class Owner:
         return {AGENT: self.agent_uid, HOME: self.home}
 
     @property
+    def mark(self) -> str:
+        """Six characters for names on the engine, on which agents may meet whose kernels have one uid."""
+        return hashlib.sha256(f"{self.agent_uid} {self.home}".encode()).hexdigest()[:6]
+
+    @property
     def filters(self) -> list[str]:
         """The same as the engine's filters take it."""
         return [f"{key}={value}" for key, value in self.labels.items()]
