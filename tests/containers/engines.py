@@ -19,8 +19,9 @@ from typing import Any
 
 import docker
 import pytest
-from docker.errors import ImageNotFound
+from docker.errors import ImageNotFound, NotFound
 
+__all__ = ["IMAGE", "URL", "NotFound"]
 # A new number makes it anew where an older one is there.
 IMAGE = "dure-test:2"
 # `python` as models name it, a shell, and a program that runs anywhere for images of other layers.
