@@ -83,9 +83,7 @@ def _make(engine: docker.APIClient) -> None:
         done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"debootstrap failed: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         left_out = [f"--exclude=./{name}" for name in ("dev/*", "proc/*", "sys/*", "var/cache/apt/*")]
-        with subprocess.Popen(
-            ["tar", "-C", folder, "-c", *left_out, "."], stdout=subprocess.PIPE
-        ) as packing:
+        with subprocess.Popen(["tar", "-C", folder, "-c", *left_out, "."], stdout=subprocess.PIPE) as packing:
             name, _, tag = IMAGE.partition(":")
             changes = ["ENV PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"]
             engine.import_image_from_stream(packing.stdout, repository=name, tag=tag, changes=changes)
@@ -114,9 +112,7 @@ def changed(name: str, script: str, *changes: str) -> Iterator[str]:
                 engine.start(made)
                 assert engine.wait(made, timeout=60)["StatusCode"] == 0
             none = ["ENTRYPOINT []"] if not any(one.startswith("ENTRYPOINT") for one in changes) else []
-            engine.commit(
-                made, repository="dure-test-variant", tag=name, changes=["CMD []", *none, *changes]
-            )
+            engine.commit(made, repository="dure-test-variant", tag=name, changes=["CMD []", *none, *changes])
         finally:
             engine.remove_container(made, force=True)
         try:

@@ -75,15 +75,23 @@ def _lease_number(
 
 
 def gap(table: Table, ports: range, now: float) -> range:
-    """Ports in a row that nobody has and that do not rest, at most GAP_MAX, from the next one on."""
+    """Ports in a row that nobody has and that do not rest, at most GAP_MAX, from the next one on. Few are
+    chosen only when there are no more: another kernel may just be getting one of them."""
     start = table.cursor + 1 if table.cursor in ports else ports.start
-    for port in (*range(start, ports.stop), *range(ports.start, start)):
-        end = port
-        while end < ports.stop and end - port < GAP_MAX and _is_usable(table, end, now):
-            end += 1
-        if end > port:
-            return range(port, end)
-    raise _no_port(table, ports, now)
+    best = range(0)
+    for part in (range(start, ports.stop), range(ports.start, start)):
+        port = part.start
+        while port < part.stop:
+            end = port
+            while end < part.stop and end - port < GAP_MAX and _is_usable(table, end, now):
+                end += 1
+            if end - port == GAP_MAX:
+                return range(port, end)
+            best = max(best, range(port, end), key=len)
+            port = end + 1
+    if not best:
+        raise _no_port(table, ports, now)
+    return best
 
 
 def claim(table: Table, owner: str, port: int) -> Table:

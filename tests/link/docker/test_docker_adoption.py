@@ -94,9 +94,7 @@ def test_a_kill_at_any_moment_of_a_start(tmp_path: Path) -> None:
     """Kernels end up running, each in one container, with all of their actions done once after another."""
     slow = [
         PreStartAction(run_command=fleet_pb2.RunCommand(command=["sleep", "0.2"], check=True)),
-        PreStartAction(
-            write_file=fleet_pb2.WriteFile(filename="/home/work/done", body="x", mode=0o644)
-        ),
+        PreStartAction(write_file=fleet_pb2.WriteFile(filename="/home/work/done", body="x", mode=0o644)),
     ]
 
     async def run() -> None:

@@ -24,7 +24,9 @@ def other_architecture() -> bytes:
     config = json.dumps(
         {"architecture": "s390x", "os": "linux", "config": {"Cmd": ["true"]}, "rootfs": {"type": "layers"}}
     ).encode()
-    manifest = json.dumps([{"Config": "c.json", "RepoTags": ["dure-test-variant:s390x"], "Layers": []}]).encode()
+    manifest = json.dumps(
+        [{"Config": "c.json", "RepoTags": ["dure-test-variant:s390x"], "Layers": []}]
+    ).encode()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for name, content in (("c.json", config), ("manifest.json", manifest)):
             member = tarfile.TarInfo(name)
@@ -117,9 +119,7 @@ def actions(*given: PreStartAction) -> dict[str, object]:
 
 
 def command(*words: str, check: bool = True, ref: str = "", echo: bool = False) -> PreStartAction:
-    return PreStartAction(
-        ref=ref, run_command=fleet_pb2.RunCommand(command=words, check=check, echo=echo)
-    )
+    return PreStartAction(ref=ref, run_command=fleet_pb2.RunCommand(command=words, check=check, echo=echo))
 
 
 def file(filename: str, body: str, **fields: object) -> PreStartAction:
@@ -152,9 +152,7 @@ def test_actions_before_the_command(tmp_path: Path) -> None:
             manager.want(
                 kernel("root", words, **every),
                 kernel("user", words, image=user, **every),
-                kernel(
-                    "strict", words, security_profile=fleet_pb2.SECURITY_PROFILE_STRICT, **every
-                ),
+                kernel("strict", words, security_profile=fleet_pb2.SECURITY_PROFILE_STRICT, **every),
             )
             for uid, number in (("root", 0), ("user", 1234), ("strict", 1000)):
                 found = await report(manager, agent, uid)

@@ -55,7 +55,9 @@ def test_limits_and_profiles_from_inside(tmp_path: Path) -> None:
         async with node(tmp_path) as (manager, agent):
             (manager.storage / "folder-1" / "look.py").write_text(LOOK)
 
-            def look(uid: str, image: str, profile: fleet_pb2.SecurityProfile.ValueType) -> fleet_pb2.KernelSpec:
+            def look(
+                uid: str, image: str, profile: fleet_pb2.SecurityProfile.ValueType
+            ) -> fleet_pb2.KernelSpec:
                 return kernel(
                     uid,
                     ["python", "look.py"],
@@ -99,7 +101,10 @@ def test_limits_and_profiles_from_inside(tmp_path: Path) -> None:
                 assert found["memory"] == str(256 * 2**20)
 
             settings = (await container(agent, "k1"))["HostConfig"]
-            assert settings["LogConfig"] == {"Type": "json-file", "Config": {"max-size": "8m", "max-file": "2"}}
+            assert settings["LogConfig"] == {
+                "Type": "json-file",
+                "Config": {"max-size": "8m", "max-file": "2"},
+            }
             assert settings["Memory"] == settings["MemorySwap"] and settings["Init"] is True
             assert settings["RestartPolicy"]["Name"] == "no" and not settings["Privileged"]
 

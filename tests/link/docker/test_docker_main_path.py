@@ -119,7 +119,9 @@ def test_what_a_session_sees(tmp_path: Path) -> None:
 def test_the_command_of_the_image(tmp_path: Path) -> None:
     """Its entry point, command, working directory and user; none at all is said."""
     script = "import json,os;json.dump([os.getcwd(),os.getuid(),os.environ['HOME']],open('/home/work/report.json','w'))"
-    serve = f"{script};import http.server as h;h.HTTPServer(('',8000),h.SimpleHTTPRequestHandler).serve_forever()"
+    serve = (
+        f"{script};import http.server as h;h.HTTPServer(('',8000),h.SimpleHTTPRequestHandler).serve_forever()"
+    )
 
     async def run(own: str, other: str) -> None:
         async with node(tmp_path) as (manager, agent):

@@ -53,6 +53,8 @@ PROBE_S = 30.0
 KILL_S = 15.0
 LOG_END_S = 5.0
 REAP_S = 60.0
+PORT_TRIES = 3
+EXEC_S = 2.0
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -178,8 +180,7 @@ class DockerBackend:
         binds, checks = await asyncio.to_thread(self._prepare, plan)
         try:
             network = await self._networks.provide(spec, self._known_owner()) if container.names else ""
-            await self._create(plan, container, image, binds, network, kernel)
-            await self._begin(kernel)
+            await self._create_and_begin(plan, container, image, binds, network, kernel)
             if container.strict:
                 await asyncio.to_thread(_refuse_superuser, kernel.seen.pid if kernel.seen else 0)
             await asyncio.to_thread(_same, checks, kernel.seen.pid if kernel.seen else 0)
@@ -388,6 +389,29 @@ class DockerBackend:
             passwd = ""
         return users.numbers(user, passwd)
 
+    async def _create_and_begin(
+        self,
+        plan: Plan,
+        container: Container,
+        image: Image,
+        binds: Sequence[Bind],
+        network: str,
+        kernel: _Kernel,
+    ) -> None:
+        """Until its command runs, or it has ended."""
+        for left in reversed(range(PORT_TRIES)):
+            await self._create(plan, container, image, binds, network, kernel)
+            try:
+                await self._begin(kernel)
+                break
+            except Refusal as error:
+                # Nothing of it ran: somebody was faster with each of the ports.
+                if not left or starting.failed(str(error), plan).reason != "PORT_FAILED":
+                    raise
+                await self._remove(kernel.container)
+        if kernel.seen is not None and kernel.seen.pid:
+            await asyncio.to_thread(_wait_for_exec, kernel.seen.pid)
+
     async def _begin(self, kernel: _Kernel) -> None:
         await self._engine.call(lambda client: client.start(kernel.container), SLOW_S, whole=True)
         inspected = await self._engine.call(lambda client: client.inspect_container(kernel.container))
@@ -573,6 +597,22 @@ def _refuse_superuser(pid: int) -> None:
             "the user of its image is the superuser by another name, which its security profile `strict` does "
             "not allow: use an image with another user, or one that names none"
         )
+
+
+def _wait_for_exec(pid: int) -> None:
+    """Until the engine's init, a container's first process, has become a command in its child, or has
+    ended."""
+    deadline_s = time.monotonic() + EXEC_S
+    while time.monotonic() < deadline_s:
+        try:
+            init = os.readlink(f"/proc/{pid}/exe")
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+            if any(os.readlink(f"/proc/{child}/exe") != init for child in children):
+                return
+        except OSError:
+            # It has ended, or this agent may not look.
+            return
+        time.sleep(0.005)
 
 
 def _complaint_inside(port: int, pid: int, pids: frozenset[int]) -> str:
