@@ -1,7 +1,7 @@
 """A container engine for tests, and the image that they run: made of Debian's packages, not fetched.
 
-DOCKER_HOST names the engine, else it is at its usual place. Tests are skipped where there is none, but in CI they
-fail.
+DOCKER_HOST names the engine, else it is at its usual place. Tests are skipped where there is none, but in CI
+they fail.
 """
 
 from __future__ import annotations

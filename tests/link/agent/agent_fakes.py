@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import grpc.aio
@@ -337,8 +338,7 @@ async def cluster(
 
 def _backend(arguments: Sequence[str]) -> list[str]:
     """The options among them that say what runs kernels."""
-    pairs = zip(arguments, arguments[1:], strict=False)
-    return [word for pair in pairs if pair[0] in ("--backend", "--engine") for word in pair]
+    return [word for pair in pairwise(arguments) if pair[0] in ("--backend", "--engine") for word in pair]
 
 
 def processes_of(tmp_path: Path) -> list[str]:

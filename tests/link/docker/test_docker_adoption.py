@@ -1,4 +1,4 @@
-"""The agent is killed and comes back: containers are adopted, by what stands on them if nothing else is left."""
+"""The agent is killed and comes back: containers are adopted, by what stands on them if need be."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_a_kill_at_any_moment_of_a_start(tmp_path: Path) -> None:
     async def run() -> None:
         async with node(tmp_path) as (manager, agent):
             kernels: list[str] = []
-            for moment in range(9):
+            for moment in range(6):
                 kernels += [f"plain-{moment}", f"gated-{moment}"]
                 reports = manager.complete_reports
                 manager.want(kernel(kernels[-2]), kernel(kernels[-1], pre_start_actions=slow))
-                await asyncio.sleep(moment * 0.12)
+                await asyncio.sleep(moment * 0.2)
                 await agent.end(signal.SIGKILL)
                 await agent.start()
                 await came_back(manager, reports)
@@ -126,7 +126,7 @@ def test_a_kill_at_any_moment_of_a_start(tmp_path: Path) -> None:
 
 
 def test_what_is_somebody_elses_is_not_touched(tmp_path: Path) -> None:
-    """Containers with all labels but another agent's uid, or another folder; and what is no kernel's of ours."""
+    """Containers with all labels but another agent's uid, or another folder."""
 
     async def run() -> None:
         async with node(tmp_path) as (manager, agent):

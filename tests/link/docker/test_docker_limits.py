@@ -33,9 +33,11 @@ found = {
     "swap": read(one + "memory/memory.memsw.limit_in_bytes", one + "memory.swap.max"),
     "pids": read(one + "pids/pids.max", one + "pids.max"),
     "shm": shm.f_blocks * shm.f_frsize,
-    "nofile": resource.getrlimit(resource.RLIMIT_NOFILE), "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK),
+    "nofile": resource.getrlimit(resource.RLIMIT_NOFILE),
+    "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK),
     "uid": os.getuid(),
-    "writes": {p: tries(p) for p in ("/home/work/x", "/tmp/x", "/root-file", "/usr/x", "/dev/shm/x", "/models/x")},
+    "writes": {p: tries(p) for p in
+        ("/home/work/x", "/tmp/x", "/root-file", "/usr/x", "/dev/shm/x", "/models/x")},
     **{name: status[name].strip() for name in ("NoNewPrivs", "Seccomp", "CapEff", "CapBnd", "CapPrm")},
 }
 pathlib.Path("/home/work/report.tmp").write_text(json.dumps(found))

@@ -23,8 +23,10 @@ def tries(path):
     except OSError as error:
         return error.strerror
 found = {
-    "environ": dict(os.environ), "cwd": os.getcwd(), "model": os.listdir("/models"), "hostname": os.uname().nodename,
-    "writes": {path: tries(path) for path in ("/models/x", "/home/work/x", "/data/x", "/sub/x", "/root-file")},
+    "environ": dict(os.environ), "cwd": os.getcwd(), "model": os.listdir("/models"),
+    "hostname": os.uname().nodename,
+    "writes": {path: tries(path) for path in
+        ("/models/x", "/home/work/x", "/data/x", "/sub/x", "/root-file")},
     "data": os.listdir("/data"), "sub": os.listdir("/sub"),
 }
 pathlib.Path("/home/work/report.tmp").write_text(json.dumps(found))
@@ -118,7 +120,10 @@ def test_what_a_session_sees(tmp_path: Path) -> None:
 
 def test_the_command_of_the_image(tmp_path: Path) -> None:
     """Its entry point, command, working directory and user; none at all is said."""
-    script = "import json,os;json.dump([os.getcwd(),os.getuid(),os.environ['HOME']],open('/home/work/report.json','w'))"
+    script = (
+        "import json,os;found=[os.getcwd(),os.getuid(),os.environ['HOME']];"
+        "json.dump(found,open('/home/work/report.json','w'))"
+    )
     serve = (
         f"{script};import http.server as h;h.HTTPServer(('',8000),h.SimpleHTTPRequestHandler).serve_forever()"
     )

@@ -88,6 +88,8 @@ class DockerBackend:
         self._watch = Watch(self._engine)
         self._kernels: dict[str, _Kernel] = {}
         self._table = accounting.ProcessTable()
+        # Kernels that had a container when this agent began; None before that was looked at.
+        self._found: frozenset[str] | None = None
         self._gpus = ""
         self._hard_limits: Mapping[str, int] = {}
 
@@ -150,6 +152,7 @@ class DockerBackend:
                 await self._remove(listed["Id"])
             else:
                 specs.append(spec)
+        self._found = frozenset(spec.uid for spec in specs)
         return specs
 
     async def start(self, plan: Plan, tell: Tell) -> None:
@@ -201,6 +204,9 @@ class DockerBackend:
         if (handle.folder / "exit.json").exists():
             return True
         kept = read_json(str(handle.folder / "docker.json"))
+        if kept is None and self._found is not None and handle.uid not in self._found:
+            # New: an engine that hangs is found out by its start.
+            return False
         found = await self._insist(lambda: self._look(handle.uid))
         if found is None:
             if kept is None:
@@ -350,7 +356,6 @@ class DockerBackend:
         elif request.has_own_command(plan):
             values = {"model_path": plan.model_path, "port": str(plan.port)}
             words = tuple(fill(word, values) for word in request.command(plan, image))
-        own_port = 0 if container.shares_network else plan.port
         at = await asyncio.to_thread(node.publish_at, container.host)
         ports = range(0) if container.shares_network else await container.free_ports()
         body = request.body(
@@ -363,8 +368,9 @@ class DockerBackend:
                 self._known_owner(),
                 container.agent,
                 boot_id(),
-                own_port,
-                bool(plan.actions),
+                port=plan.port,
+                own_network=not container.shares_network,
+                gated=bool(plan.actions),
             ),
             binds=binds,
             command=words,
@@ -594,8 +600,8 @@ def _refuse_superuser(pid: int) -> None:
     line = next(line for line in status.splitlines() if line.startswith("Uid:"))
     if "0" in line.split()[1:]:
         raise StartFailed(
-            "the user of its image is the superuser by another name, which its security profile `strict` does "
-            "not allow: use an image with another user, or one that names none"
+            "the user of its image is the superuser by another name, which its security profile `strict` "
+            "does not allow: use an image with another user, or one that names none"
         )
 
 

@@ -33,6 +33,7 @@ LAYERS_MAX = 256
 REASON = "IMAGE_FAILED"
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _ALWAYS, _NEVER = fleet_pb2.IMAGE_PULL_POLICY_ALWAYS, fleet_pb2.IMAGE_PULL_POLICY_NEVER
+_NOT_ALLOWED = ("unauthorized", "denied", "authentication required", "no basic auth credentials")
 _log = logging.getLogger(__name__)
 
 
@@ -225,7 +226,7 @@ def _auth_header(registry: str, username: str, password: str) -> str:
 def _explained(words: str) -> str:
     """The engine's words, and what to do about those that come often."""
     lower = words.lower()
-    if "unauthorized" in lower or "denied" in lower or "authentication required" in lower:
+    if any(sign in lower for sign in _NOT_ALLOWED):
         return f"{words}; is it spelled right? If it is private: `dure registry set HOST --username USER`"
     if "not found" in lower or "manifest unknown" in lower:
         return f"{words}; is it spelled right, and is there such a tag?"
