@@ -1,359 +1,392 @@
-/* A stand-in for libnvidia-ml.so.1: what pynvml calls of it, told from files that are read again at every call.
+/* A stand-in for libnvidia-ml.so.1: what programs ask of it, told from files that are read again at every call.
 
    FAKE_NVML names a JSON file:
-     {"fail": {FUNCTION: CODE}, "hang": FUNCTION, "gpus": [{"uuid", "name", "memory", "numa", "lost",
-      "processes": [{"pid", "memory", "util", "mps"}], "links": ["X", "NV", "PIX", ...], "mig_slices_max",
-      "parts": [{"uuid", "name", "memory", "slices"}]}]}
-   A GPU with `parts`, be it an empty list, is in MIG mode. Functions are named without `nvmlDeviceGet`, `nvml` or
-   version: `Count`, `MemoryInfo`, `Init`. A code of NVML's is what the function answers; one that hangs never does.
+     {"driver", "cuda", "fail": {FUNCTION: CODE}, "hang": FUNCTION or [FUNCTION, ...], "gpus": [{"uuid", "name", "pci",
+      "memory", "util", "temperature", "power", "numa", "lost", "fail", "hang", "processes": [{"pid", "memory", "util",
+      "mps"}], "links": ["X", "NV", "PIX", ...], "mig_slices_max", "parts": [{"uuid", "name", "memory", "slices",
+      "processes"}]}]}
+   Memory is in bytes, `util` in percent, power in milliwatts. Without the file the driver is not loaded. A GPU with
+   `parts`, be it an empty list, is in MIG mode. Functions are named without `nvmlDeviceGet`, `nvmlDevice`, `nvml` or
+   version: `Count`, `MemoryInfo`, `Init`, and for one GPU or for all. A code of NVML's is what the function answers;
+   one that hangs never does, and neither does any other call of its process.
 
    FAKE_NVML_LEDGER names a folder: FOLDER/UUID/ANY is a process that uses the GPU (or part) as long as it holds a
-   lock on the file, in which stand its memory in bytes and its utilisation in percent. */
+   lock on the file, in which stand its memory in bytes, its utilisation in percent, and `mps` if it uses MPS.
+
+   Every other function of NVML is made by the build: it answers NOT_SUPPORTED. */
 #define _GNU_SOURCE
-#include <dirent.h>
-#include <fcntl.h>
-#include <pthread.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <strings.h>
 #include <time.h>
-#include <unistd.h>
 
-enum { SUCCESS = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT = 7, NOT_LOADED = 9, LOST = 15 };
-enum { NODES_MAX = 8192, BYTES_MAX = 1 << 18, PROCESSES_MAX = 256, PARTS_MAX = 16 };
+#include "fake_nvml_types.h"
+#include "fake_nvml_state.h"
 
-typedef struct { unsigned long long total, free, used; } memory_t;
-typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } process_t;
-typedef struct { unsigned pid; unsigned long long at; unsigned sm, mem, enc, dec; } sample_t;
-typedef struct {
-    unsigned multiprocessors, copy, decoders, encoders, jpeg, ofa, gpu_slices, compute_slices;
-    unsigned long long memory_mb;
-} attributes_t;
-typedef struct { unsigned pid, util; int mps; unsigned long long memory; } use_t;
+enum { PARTS_MAX = 16 };
 
-/* ---- JSON: a tree of nodes in one array; strings stay where they were read ---- */
+/* ---- how each call begins and ends ---- */
 
-typedef struct node {
-    char kind; /* { [ " 0, or t for true */
-    char *key, *text;
-    double number;
-    struct node *child, *next;
-} node_t;
-
-static char bytes[BYTES_MAX];
-static node_t nodes[NODES_MAX];
-static int node_count;
-static char *at;
-
-static void skip(const char *set) {
-    while (*at && strchr(set, *at)) at++;
-}
-
-static char *string(void) {
-    char *start = ++at, *out = start;
-    for (; *at && *at != '"'; at++) {
-        if (*at == '\\' && at[1]) at++;
-        *out++ = *at;
-    }
-    if (*at) at++;
-    *out = 0;
-    return start;
-}
-
-static node_t *value(char *key) {
-    if (node_count == NODES_MAX) abort();
-    node_t *node = &nodes[node_count++], **last = &node->child;
-    *node = (node_t){.key = key};
-    skip(" \t\r\n");
-    node->kind = *at;
-    if (*at == '"') {
-        node->text = string();
-    } else if (*at == '{' || *at == '[') {
-        int named = *at++ == '{';
-        for (skip(" \t\r\n,"); *at && *at != '}' && *at != ']'; skip(" \t\r\n,")) {
-            char *name = named ? string() : NULL;
-            skip(" \t\r\n:");
-            *last = value(name);
-            last = &(*last)->next;
-        }
-        if (*at) at++;
-    } else {
-        char *end;
-        node->number = node->kind == 't' ? 1 : strtod(at, &end);
-        while (*at && !strchr(",}] \t\r\n", *at)) at++;
-    }
-    return node;
-}
-
-static node_t *get(node_t *node, const char *key) {
-    for (node = node ? node->child : NULL; node; node = node->next)
-        if (!strcmp(node->key, key)) return node;
-    return NULL;
-}
-
-static node_t *nth(node_t *list, int index) {
-    for (list = list ? list->child : NULL; list && index; index--) list = list->next;
-    return list;
-}
-
-static int count(node_t *list) {
-    int found = 0;
-    for (list = list ? list->child : NULL; list; list = list->next) found++;
-    return found;
-}
-
-static double number(node_t *node, const char *key, double otherwise) {
-    node = get(node, key);
-    return node ? node->number : otherwise;
-}
-
-static const char *text(node_t *node, const char *key, const char *otherwise) {
-    node = get(node, key);
-    return node && node->text ? node->text : otherwise;
-}
-
-/* ---- the state, and how each call begins and ends ---- */
-
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static node_t *state;
+static int opened;
 
 static int begin(const char *function) {
     pthread_mutex_lock(&lock);
-    const char *path = getenv("FAKE_NVML");
-    int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
-    ssize_t length = file >= 0 ? read(file, bytes, BYTES_MAX - 1) : -1;
-    if (file >= 0) close(file);
-    if (length <= 0) return NOT_LOADED;
-    bytes[length] = 0;
-    at = bytes;
-    node_count = 0;
-    state = value(NULL);
-    if (!strcmp(text(state, "hang", ""), function))
-        for (;;) pause();
-    return (int)number(get(state, "fail"), function, SUCCESS);
+    if (!load()) return NVML_ERROR_DRIVER_NOT_LOADED;
+    int code = injected(state, function);
+    return !code && !opened && strcmp(function, "Init") ? NVML_ERROR_UNINITIALIZED : code;
 }
 
-static int end(int code) {
+static nvmlReturn_t end(int code) {
     pthread_mutex_unlock(&lock);
-    return code;
+    return (nvmlReturn_t)code;
 }
 
-#define BEGIN(function)             \
-    int code = begin(function);     \
-    if (code != SUCCESS) return end(code)
+#define BEGIN(function)          \
+    int code = begin(function);  \
+    if (code) return end(code)
 
 /* A handle is the place of a GPU or part in the state: it stays good when the state is read again. */
-static void *handle(int gpu, int part) { return (void *)(uintptr_t)((gpu + 1) * PARTS_MAX * 2 + part + 1); }
-
-static node_t *device(void *of, int *is_part) {
-    int place = (int)(uintptr_t)of, part = place % (PARTS_MAX * 2) - 1;
-    node_t *gpu = nth(get(state, "gpus"), place / (PARTS_MAX * 2) - 1);
-    if (is_part) *is_part = part >= 0;
-    return part >= 0 ? nth(get(gpu, "parts"), part) : gpu;
+static nvmlDevice_t handle(int gpu, int part) {
+    return (nvmlDevice_t)(uintptr_t)((gpu + 1) * PARTS_MAX * 2 + part + 1);
 }
 
-#define DEVICE(of)                                         \
-    int is_part;                                           \
-    node_t *found = device(of, &is_part);                  \
-    if (!found) return end(INVALID);                       \
-    if (number(found, "lost", 0)) return end(LOST);        \
-    (void)is_part
+static int gpu_index(nvmlDevice_t of) { return (int)(uintptr_t)of / (PARTS_MAX * 2) - 1; }
 
-static int put(char *out, unsigned size, const char *what) {
-    if (strlen(what) >= size) return INSUFFICIENT;
+static int part_index(nvmlDevice_t of) { return (int)(uintptr_t)of % (PARTS_MAX * 2) - 1; }
+
+static node_t *gpu_of(nvmlDevice_t of) { return nth(get(state, "gpus"), gpu_index(of)); }
+
+/* Begins a call about a GPU or a part: `found` is it, `is_part` which of the two. */
+#define DEVICE(function, of)                                                      \
+    BEGIN(function);                                                              \
+    node_t *gpu = gpu_of(of);                                                     \
+    int is_part = part_index(of) >= 0;                                            \
+    node_t *found = is_part ? nth(get(gpu, "parts"), part_index(of)) : gpu;       \
+    if (!found) return end(NVML_ERROR_INVALID_ARGUMENT);                          \
+    if (number(gpu, "lost", 0)) return end(NVML_ERROR_GPU_IS_LOST);               \
+    if ((code = injected(gpu, function))) return end(code)
+
+static int put(char *out, unsigned int size, const char *what) {
+    if (strlen(what) >= size) return NVML_ERROR_INSUFFICIENT_SIZE;
     strcpy(out, what);
-    return SUCCESS;
+    return NVML_SUCCESS;
 }
 
-static int uses(node_t *of, use_t *out) {
-    int found = 0;
-    node_t *listed = get(of, "processes");
-    for (node_t *one = listed ? listed->child : NULL; one && found < PROCESSES_MAX; one = one->next)
-        out[found++] = (use_t){number(one, "pid", 0), number(one, "util", 0), number(one, "mps", 0),
-                               number(one, "memory", 0)};
-    const char *root = getenv("FAKE_NVML_LEDGER");
-    char path[4096], line[64];
-    snprintf(path, sizeof path, "%s/%s", root ? root : "", text(of, "uuid", ""));
-    DIR *folder = root ? opendir(path) : NULL;
-    if (!folder) return found;
-    for (struct dirent *entry; (entry = readdir(folder)) && found < PROCESSES_MAX;) {
-        int file = entry->d_name[0] == '.' ? -1 : openat(dirfd(folder), entry->d_name, O_RDWR | O_CLOEXEC);
-        if (file < 0) continue;
-        struct flock holder = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-        ssize_t length = read(file, line, sizeof line - 1);
-        if (length > 0 && !fcntl(file, F_GETLK, &holder) && holder.l_type != F_UNLCK && holder.l_pid > 0) {
-            line[length] = 0;
-            out[found] = (use_t){holder.l_pid, 0, 0, 0};
-            if (sscanf(line, "%llu %u", &out[found].memory, &out[found].util) == 2) found++;
-        }
-        close(file);
-    }
-    closedir(folder);
-    return found;
+/* Of a GPU in MIG mode, the processes of its parts. */
+static int all_uses(node_t *of, use_t *out) {
+    int count = uses(of, out, 0);
+    node_t *parts = get(of, "parts");
+    for (node_t *part = parts ? parts->child : NULL; part; part = part->next) count = uses(part, out, count);
+    return count;
 }
 
-/* ---- what pynvml calls ---- */
+static unsigned long long used(node_t *of) {
+    use_t list[PROCESSES_MAX];
+    unsigned long long sum = 0, total = number(of, "memory", 0);
+    for (int left = all_uses(of, list); left--;) sum += list[left].memory;
+    return sum < total ? sum : total;
+}
 
-int nvmlInitWithFlags(unsigned flags) {
+/* ---- the library and the system ---- */
+
+nvmlReturn_t nvmlInitWithFlags(unsigned int flags) {
     (void)flags;
     BEGIN("Init");
-    return end(SUCCESS);
+    opened++;
+    return end(NVML_SUCCESS);
 }
 
-int nvmlShutdown(void) { return SUCCESS; }
+nvmlReturn_t nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 
-const char *nvmlErrorString(int code) {
-    switch (code) {
-        case NOT_SUPPORTED: return "Not Supported";
-        case NOT_LOADED: return "Driver Not Loaded";
-        case LOST: return "GPU is lost";
+nvmlReturn_t nvmlShutdown(void) {
+    pthread_mutex_lock(&lock);
+    if (!opened) return end(NVML_ERROR_UNINITIALIZED);
+    opened--;
+    return end(NVML_SUCCESS);
+}
+
+const char *nvmlErrorString(nvmlReturn_t code) {
+    switch ((int)code) {
+        case NVML_SUCCESS: return "Success";
+        case NVML_ERROR_UNINITIALIZED: return "Uninitialized";
+        case NVML_ERROR_INVALID_ARGUMENT: return "Invalid Argument";
+        case NVML_ERROR_NOT_SUPPORTED: return "Not Supported";
+        case NVML_ERROR_NO_PERMISSION: return "Insufficient Permissions";
+        case NVML_ERROR_NOT_FOUND: return "Not Found";
+        case NVML_ERROR_INSUFFICIENT_SIZE: return "Insufficient Size";
+        case NVML_ERROR_DRIVER_NOT_LOADED: return "Driver Not Loaded";
+        case NVML_ERROR_TIMEOUT: return "Timeout";
+        case NVML_ERROR_GPU_IS_LOST: return "GPU is lost";
+        case NVML_ERROR_RESET_REQUIRED: return "GPU requires reset";
+        case NVML_ERROR_LIB_RM_VERSION_MISMATCH: return "Driver/library version mismatch";
         default: return "Unknown Error";
     }
 }
 
-int nvmlDeviceGetCount_v2(unsigned *out) {
+nvmlReturn_t nvmlSystemGetDriverVersion(char *out, unsigned int size) {
+    BEGIN("SystemGetDriverVersion");
+    return end(put(out, size, text(state, "driver", "580.65.06")));
+}
+
+nvmlReturn_t nvmlSystemGetNVMLVersion(char *out, unsigned int size) {
+    BEGIN("SystemGetNVMLVersion");
+    return end(put(out, size, "13.580.65.06"));
+}
+
+nvmlReturn_t nvmlSystemGetCudaDriverVersion_v2(int *out) {
+    BEGIN("SystemGetCudaDriverVersion");
+    *out = number(state, "cuda", 13000);
+    return end(NVML_SUCCESS);
+}
+
+nvmlReturn_t nvmlSystemGetCudaDriverVersion(int *out) { return nvmlSystemGetCudaDriverVersion_v2(out); }
+
+/* ---- which GPUs there are ---- */
+
+nvmlReturn_t nvmlDeviceGetCount_v2(unsigned int *out) {
     BEGIN("Count");
     *out = count(get(state, "gpus"));
-    return end(SUCCESS);
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **out) {
-    BEGIN("HandleByIndex");
+nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned int index, nvmlDevice_t *out) {
     *out = handle(index, -1);
-    DEVICE(*out);
-    return end(SUCCESS);
+    DEVICE("HandleByIndex", *out);
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetUUID(void *of, char *out, unsigned size) {
-    BEGIN("UUID");
-    DEVICE(of);
+nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *out) {
+    BEGIN("HandleByUUID");
+    for (int gpu = 0; gpu < count(get(state, "gpus")); gpu++) {
+        node_t *one = nth(get(state, "gpus"), gpu);
+        for (int part = -1; part < count(get(one, "parts")); part++) {
+            if (strcmp(text(part < 0 ? one : nth(get(one, "parts"), part), "uuid", ""), uuid)) continue;
+            *out = handle(gpu, part);
+            return end(NVML_SUCCESS);
+        }
+    }
+    return end(NVML_ERROR_NOT_FOUND);
+}
+
+nvmlReturn_t nvmlDeviceGetIndex(nvmlDevice_t of, unsigned int *out) {
+    DEVICE("Index", of);
+    *out = is_part ? part_index(of) : gpu_index(of);
+    return end(NVML_SUCCESS);
+}
+
+nvmlReturn_t nvmlDeviceGetMinorNumber(nvmlDevice_t of, unsigned int *out) {
+    DEVICE("MinorNumber", of);
+    *out = gpu_index(of);
+    return end(NVML_SUCCESS);
+}
+
+nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t of, char *out, unsigned int size) {
+    DEVICE("UUID", of);
     return end(put(out, size, text(found, "uuid", "GPU-0")));
 }
 
-int nvmlDeviceGetName(void *of, char *out, unsigned size) {
-    BEGIN("Name");
-    DEVICE(of);
+nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t of, char *out, unsigned int size) {
+    DEVICE("Name", of);
     return end(put(out, size, text(found, "name", "Fake GPU")));
 }
 
-int nvmlDeviceGetMemoryInfo(void *of, memory_t *out) {
-    BEGIN("MemoryInfo");
-    DEVICE(of);
-    use_t list[PROCESSES_MAX];
-    *out = (memory_t){.total = number(found, "memory", 0)};
-    for (int left = uses(found, list); left--;) out->used += list[left].memory;
+nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t of, nvmlPciInfo_t *out) {
+    DEVICE("PciInfo", of);
+    memset(out, 0, sizeof *out);
+    char own[16];
+    snprintf(own, sizeof own, "0000:%02x:00.0", (gpu_index(of) + 1) & 255);
+    sscanf(text(gpu, "pci", own), "%x:%x:%x", &out->domain, &out->bus, &out->device);
+    snprintf(out->busIdLegacy, sizeof out->busIdLegacy, "%04X:%02X:%02X.0", out->domain & 0xffff, out->bus & 255,
+             out->device & 255);
+    snprintf(out->busId, sizeof out->busId, "%08X:%02X:%02X.0", out->domain, out->bus & 255, out->device & 255);
+    return end(NVML_SUCCESS);
+}
+
+/* ---- what a GPU is like, and how it does ---- */
+
+nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t of, nvmlMemory_t *out) {
+    DEVICE("MemoryInfo", of);
+    *out = (nvmlMemory_t){.total = number(found, "memory", 0), .used = used(found)};
     out->free = out->total - out->used;
-    return end(SUCCESS);
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetNumaNodeId(void *of, unsigned *out) {
-    BEGIN("NumaNodeId");
-    DEVICE(of);
-    if (!get(found, "numa")) return end(NOT_SUPPORTED);
-    *out = number(found, "numa", 0);
-    return end(SUCCESS);
+nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t of, nvmlMemory_v2_t *out) {
+    DEVICE("MemoryInfo", of);
+    *out = (nvmlMemory_v2_t){.version = out->version, .total = number(found, "memory", 0), .used = used(found)};
+    out->free = out->total - out->used;
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetTopologyCommonAncestor(void *of, void *other, int *out) {
-    BEGIN("TopologyCommonAncestor");
-    DEVICE(of);
-    node_t *link = nth(get(found, "links"), (int)(uintptr_t)other / (PARTS_MAX * 2) - 1);
-    const char *levels[] = {"X", "PIX", "PXB", "PHB", "NODE", "SYS"}, *name = link ? link->text : "SYS";
+nvmlReturn_t nvmlDeviceGetBAR1MemoryInfo(nvmlDevice_t of, nvmlBAR1Memory_t *out) {
+    DEVICE("BAR1MemoryInfo", of);
+    *out = (nvmlBAR1Memory_t){.bar1Total = 256 << 20, .bar1Free = 254 << 20, .bar1Used = 2 << 20};
+    return end(NVML_SUCCESS);
+}
+
+nvmlReturn_t nvmlDeviceGetUtilizationRates(nvmlDevice_t of, nvmlUtilization_t *out) {
+    DEVICE("UtilizationRates", of);
+    if (is_part || get(found, "parts")) return end(NVML_ERROR_NOT_SUPPORTED);
+    use_t list[PROCESSES_MAX];
+    unsigned int sum = number(found, "util", 0);
+    for (int left = all_uses(found, list); left--;) sum += list[left].util;
+    *out = (nvmlUtilization_t){.gpu = sum < 100 ? sum : 100};
+    return end(NVML_SUCCESS);
+}
+
+nvmlReturn_t nvmlDeviceGetTemperature(nvmlDevice_t of, nvmlTemperatureSensors_t sensor, unsigned int *out) {
+    DEVICE("Temperature", of);
+    if (sensor) return end(NVML_ERROR_INVALID_ARGUMENT);
+    *out = number(found, "temperature", 40);
+    return end(NVML_SUCCESS);
+}
+
+nvmlReturn_t nvmlDeviceGetPowerUsage(nvmlDevice_t of, unsigned int *out) {
+    DEVICE("PowerUsage", of);
+    *out = number(found, "power", 60000);
+    return end(NVML_SUCCESS);
+}
+
+nvmlReturn_t nvmlDeviceGetMemoryAffinity(nvmlDevice_t of, unsigned int size, unsigned long *out,
+                                         nvmlAffinityScope_t scope) {
+    (void)scope;
+    DEVICE("MemoryAffinity", of);
+    unsigned int node = number(gpu, "numa", 0), bits = 8 * sizeof *out;
+    if (!get(gpu, "numa")) return end(NVML_ERROR_NOT_SUPPORTED);
+    if (node / bits >= size) return end(NVML_ERROR_INVALID_ARGUMENT);
+    memset(out, 0, size * sizeof *out);
+    out[node / bits] = 1UL << node % bits;
+    return end(NVML_SUCCESS);
+}
+
+static const char *link_between(node_t *gpu, nvmlDevice_t other) {
+    node_t *link = nth(get(gpu, "links"), gpu_index(other));
+    return link && link->text ? link->text : "SYS";
+}
+
+nvmlReturn_t nvmlDeviceGetTopologyCommonAncestor(nvmlDevice_t of, nvmlDevice_t other, nvmlGpuTopologyLevel_t *out) {
+    DEVICE("TopologyCommonAncestor", of);
+    const char *levels[] = {"X", "PIX", "PXB", "PHB", "NODE", "SYS"}, *name = link_between(gpu, other);
+    /* GPUs with NVLink are connected through PCIe too, and this call tells of that. */
+    *out = 40;
     for (int level = 0; level < 6; level++)
         if (!strcmp(levels[level], name)) *out = level * 10;
-    if (!strcmp(name, "NV")) *out = 40;
-    return end(SUCCESS);
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetP2PStatus(void *of, void *other, int capability, int *out) {
-    BEGIN("P2PStatus");
-    DEVICE(of);
-    node_t *link = nth(get(found, "links"), (int)(uintptr_t)other / (PARTS_MAX * 2) - 1);
-    *out = capability == 2 && link && !strcmp(link->text, "NV") ? 0 : 5;
-    return end(SUCCESS);
+nvmlReturn_t nvmlDeviceGetP2PStatus(nvmlDevice_t of, nvmlDevice_t other, nvmlGpuP2PCapsIndex_t what,
+                                    nvmlGpuP2PStatus_t *out) {
+    DEVICE("P2PStatus", of);
+    int linked = what == NVML_P2P_CAPS_INDEX_NVLINK && !strncmp(link_between(gpu, other), "NV", 2);
+    *out = linked ? NVML_P2P_STATUS_OK : NVML_P2P_STATUS_NOT_SUPPORTED;
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetMigMode(void *of, unsigned *current, unsigned *pending) {
-    BEGIN("MigMode");
-    DEVICE(of);
-    *current = *pending = get(found, "parts") != NULL;
-    return end(SUCCESS);
+/* ---- parts in MIG mode ---- */
+
+nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t of, unsigned int *current, unsigned int *pending) {
+    DEVICE("MigMode", of);
+    *current = *pending = get(gpu, "parts") != NULL;
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetMaxMigDeviceCount(void *of, unsigned *out) {
-    BEGIN("MaxMigDeviceCount");
-    DEVICE(of);
-    *out = number(found, "mig_slices_max", 7);
-    return end(SUCCESS);
+nvmlReturn_t nvmlDeviceGetMaxMigDeviceCount(nvmlDevice_t of, unsigned int *out) {
+    DEVICE("MaxMigDeviceCount", of);
+    *out = get(gpu, "parts") ? number(gpu, "mig_slices_max", 7) : 0;
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetMigDeviceHandleByIndex(void *of, unsigned index, void **out) {
-    BEGIN("MigDeviceHandleByIndex");
-    DEVICE(of);
-    if ((int)index >= count(get(found, "parts"))) return end(NOT_FOUND);
-    *out = handle((int)(uintptr_t)of / (PARTS_MAX * 2) - 1, index);
-    return end(SUCCESS);
+nvmlReturn_t nvmlDeviceGetMigDeviceHandleByIndex(nvmlDevice_t of, unsigned int index, nvmlDevice_t *out) {
+    DEVICE("MigDeviceHandleByIndex", of);
+    if ((int)index >= count(get(gpu, "parts"))) return end(NVML_ERROR_NOT_FOUND);
+    *out = handle(gpu_index(of), index);
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetAttributes_v2(void *of, attributes_t *out) {
-    BEGIN("Attributes");
-    DEVICE(of);
-    if (!is_part) return end(NOT_SUPPORTED);
-    *out = (attributes_t){.gpu_slices = number(found, "slices", 1), .compute_slices = number(found, "slices", 1)};
-    out->memory_mb = (unsigned long long)number(found, "memory", 0) >> 20;
-    return end(SUCCESS);
+nvmlReturn_t nvmlDeviceIsMigDeviceHandle(nvmlDevice_t of, unsigned int *out) {
+    DEVICE("IsMigDeviceHandle", of);
+    *out = is_part;
+    return end(NVML_SUCCESS);
 }
 
-static int running(node_t *of, unsigned *size, process_t *out, int mps) {
+nvmlReturn_t nvmlDeviceGetDeviceHandleFromMigDeviceHandle(nvmlDevice_t of, nvmlDevice_t *out) {
+    DEVICE("DeviceHandleFromMigDeviceHandle", of);
+    *out = handle(gpu_index(of), -1);
+    return end(is_part ? NVML_SUCCESS : NVML_ERROR_INVALID_ARGUMENT);
+}
+
+nvmlReturn_t nvmlDeviceGetGpuInstanceId(nvmlDevice_t of, unsigned int *out) {
+    DEVICE("GpuInstanceId", of);
+    *out = part_index(of) + 1;
+    return end(is_part ? NVML_SUCCESS : NVML_ERROR_NOT_SUPPORTED);
+}
+
+nvmlReturn_t nvmlDeviceGetComputeInstanceId(nvmlDevice_t of, unsigned int *out) {
+    DEVICE("ComputeInstanceId", of);
+    *out = 0;
+    return end(is_part ? NVML_SUCCESS : NVML_ERROR_NOT_SUPPORTED);
+}
+
+nvmlReturn_t nvmlDeviceGetAttributes_v2(nvmlDevice_t of, nvmlDeviceAttributes_t *out) {
+    DEVICE("Attributes", of);
+    if (!is_part) return end(NVML_ERROR_NOT_SUPPORTED);
+    unsigned int slices = number(found, "slices", 1);
+    *out = (nvmlDeviceAttributes_t){.gpuInstanceSliceCount = slices};
+    out->computeInstanceSliceCount = number(found, "compute_slices", slices);
+    out->memorySizeMB = (unsigned long long)number(found, "memory", 0) >> 20;
+    return end(NVML_SUCCESS);
+}
+
+/* ---- who uses it ---- */
+
+static int running(node_t *of, unsigned int *size, nvmlProcessInfo_t *out, int mps) {
     use_t list[PROCESSES_MAX];
-    unsigned kept = 0;
-    for (int left = uses(of, list); left--;)
-        if (!!list[left].mps == mps) list[kept++] = list[left];
-    unsigned room = *size;
+    unsigned int kept = 0;
+    for (int left = all_uses(of, list), i = 0; i < left; i++)
+        if (list[i].mps == mps) list[kept++] = list[i];
+    unsigned int room = *size;
     *size = kept;
-    if (!kept) return SUCCESS;
-    if (!out || room < kept) return INSUFFICIENT;
-    for (unsigned i = 0; i < kept; i++) out[i] = (process_t){list[i].pid, list[i].memory, -1, -1};
-    return SUCCESS;
+    if (!kept) return NVML_SUCCESS;
+    if (!out || room < kept) return NVML_ERROR_INSUFFICIENT_SIZE;
+    for (unsigned int i = 0; i < kept; i++) out[i] = (nvmlProcessInfo_t){list[i].pid, list[i].memory, -1, -1};
+    return NVML_SUCCESS;
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v3(void *of, unsigned *size, process_t *out) {
-    BEGIN("ComputeRunningProcesses");
-    DEVICE(of);
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t of, unsigned int *size, nvmlProcessInfo_t *out) {
+    DEVICE("ComputeRunningProcesses", of);
     return end(running(found, size, out, 0));
 }
 
-int nvmlDeviceGetMPSComputeRunningProcesses_v3(void *of, unsigned *size, process_t *out) {
-    BEGIN("MPSComputeRunningProcesses");
-    DEVICE(of);
+nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t of, unsigned int *size, nvmlProcessInfo_t *out) {
+    DEVICE("MPSComputeRunningProcesses", of);
     return end(running(found, size, out, 1));
 }
 
-int nvmlDeviceGetGraphicsRunningProcesses_v3(void *of, unsigned *size, process_t *out) {
-    (void)of, (void)out;
+nvmlReturn_t nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t of, unsigned int *size, nvmlProcessInfo_t *out) {
+    (void)out;
+    DEVICE("GraphicsRunningProcesses", of);
     *size = 0;
-    return SUCCESS;
+    return end(NVML_SUCCESS);
 }
 
-int nvmlDeviceGetProcessUtilization(void *of, sample_t *out, unsigned *size, unsigned long long since) {
-    BEGIN("ProcessUtilization");
-    DEVICE(of);
-    if (is_part || get(found, "parts")) return end(NOT_SUPPORTED);
+nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t of, nvmlProcessUtilizationSample_t *out, unsigned int *size,
+                                             unsigned long long since) {
+    DEVICE("ProcessUtilization", of);
+    if (is_part || get(found, "parts")) return end(NVML_ERROR_NOT_SUPPORTED);
     use_t list[PROCESSES_MAX];
     struct timespec now;
-    int used = uses(found, list);
+    int users = all_uses(found, list);
     clock_gettime(CLOCK_REALTIME, &now);
     unsigned long long now_us = now.tv_sec * 1000000ULL + now.tv_nsec / 1000;
-    if (!used || now_us <= since) return end(NOT_FOUND);
+    if (!users || now_us <= since) return end(NVML_ERROR_NOT_FOUND);
     /* Two samples of each process, and one of nobody, as real drivers give. */
-    unsigned room = *size;
-    *size = 2 * used + 1;
-    if (!out || room < *size) return end(INSUFFICIENT);
-    memset(out, 0, sizeof(sample_t) * *size);
-    for (int i = 0; i < used; i++) {
-        out[2 * i] = (sample_t){list[i].pid, now_us - 1, list[i].util - 10, 0, 0, 0};
-        out[2 * i + 1] = (sample_t){list[i].pid, now_us, list[i].util + 10, 0, 0, 0};
+    unsigned int room = *size;
+    *size = 2 * users + 1;
+    if (!out || room < *size) return end(NVML_ERROR_INSUFFICIENT_SIZE);
+    memset(out, 0, sizeof *out * *size);
+    for (int i = 0; i < users; i++) {
+        unsigned int util = list[i].util, spread = util < 10 ? util : util > 90 ? 100 - util : 10;
+        out[2 * i] = (nvmlProcessUtilizationSample_t){list[i].pid, now_us - 1, util - spread, 0, 0, 0};
+        out[2 * i + 1] = (nvmlProcessUtilizationSample_t){list[i].pid, now_us, util + spread, 0, 0, 0};
     }
-    return end(SUCCESS);
+    return end(NVML_SUCCESS);
 }

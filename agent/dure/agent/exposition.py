@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dure.agent.counts import Counts
 from dure.agent.kernel import Phase
 from dure.agent.measurer import Measured
+from dure.fleet.v1 import fleet_pb2
 from dure.wire.prometheus import Labels, Page
 
 # Name of a value of `KernelMeasurement`: the family's end, what it says, and what to multiply it with.
@@ -36,6 +37,7 @@ def render(
     streams: int,
     phases: Mapping[Phase, int],
     newest: Mapping[str, Measured],
+    devices: Sequence[fleet_pb2.Device],
     counts: Counts,
 ) -> str:
     page = Page()
@@ -47,6 +49,12 @@ def render(
         "Kernels by phase",
         [({"phase": phase.name}, phases.get(phase, 0)) for phase in Phase if phase not in _NOT_HERE],
     )
+    if devices:
+        page.gauges(
+            "dure_agent_device_healthy",
+            "Whether the device can be given to kernels",
+            [({"device": one.id, "model": one.model}, one.healthy) for one in devices],
+        )
     page.counter("dure_agent_probes_total", "Health probes by outcome", counts.probes)
     page.histogram(
         "dure_agent_kernel_start_duration_seconds",

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
+from dure.agent.device_watch import DeviceWatch
 from dure.agent.log_sender import LogSender
 from dure.agent.measurer import Measurer
 from dure.agent.storage import ManagerStorage
@@ -47,7 +48,8 @@ class Refused(Exception):
 
 
 class Link:
-    """`run` goes on until it is cancelled; only a join that is refused ends it."""
+    """`run` goes on until it is cancelled; only a join that is refused ends it. `hello` is asked at the begin
+    of every stream; what the watch tells later follows it."""
 
     def __init__(
         self,
@@ -55,12 +57,13 @@ class Link:
         name: str,
         home: Path,
         join_token: str,
-        hello: fleet_pb2.Hello,
+        hello: Callable[[], fleet_pb2.Hello],
         stub: fleet_pb2_grpc.FleetServiceAsyncStub,
         supervisor: Supervisor,
         storage: ManagerStorage,
         logs: LogSender,
         measurer: Measurer,
+        watch: DeviceWatch,
     ) -> None:
         self._name = name
         self._home = home
@@ -71,6 +74,7 @@ class Link:
         self._storage = storage
         self._logs = logs
         self._measurer = measurer
+        self._watch = watch
         self._told = "not connected"
         self.connected = False
         # Streams that were welcomed since the agent's start.
@@ -123,7 +127,7 @@ class Link:
         """One stream from Hello to its end. Raises DureError when it broke."""
         call: _Call = self._stub.Connect(metadata=bearer(who.credential))
         try:
-            await _within(call.write(fleet_pb2.ConnectRequest(hello=self._hello)), ANSWER_LIMIT_S)
+            await _within(call.write(fleet_pb2.ConnectRequest(hello=self._hello())), ANSWER_LIMIT_S)
             for observed in reports(self._supervisor.begin_stream(), complete=True):
                 await _within(call.write(fleet_pb2.ConnectRequest(observed=observed)), ANSWER_LIMIT_S)
             first = await _within(call.read(), ANSWER_LIMIT_S)
@@ -185,6 +189,9 @@ class Link:
                     raise ManagerUnreachable(f"no answer to {BEATS_MISSED_MAX} heartbeats")
                 beat = fleet_pb2.Heartbeat(sequence=beats.next_sequence())
                 await _within(call.write(fleet_pb2.ConnectRequest(heartbeat=beat)), beats.limit_s)
+            # First: nobody should be placed again on a device whose kernels are about to fail.
+            if (news := self._watch.take()) is not None:
+                await _within(call.write(fleet_pb2.ConnectRequest(devices_changed=news)), beats.limit_s)
             for observed in reports(self._supervisor.take_changes(), complete=False):
                 await _within(call.write(fleet_pb2.ConnectRequest(observed=observed)), beats.limit_s)
             # Last: what happened to kernels is worth more than what they use.

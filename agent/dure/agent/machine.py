@@ -9,6 +9,7 @@ import os
 import socket
 from pathlib import Path
 
+from dure.agent import numa
 from dure.wire import quantities
 
 RESOLVE_LIMIT_S = 10.0
@@ -37,6 +38,32 @@ def memory_bytes(meminfo: str = "/proc/meminfo", cgroups: str = "/sys/fs/cgroup"
         if limit:
             least = min(least, limit)
     return least
+
+
+def numa_nodes(
+    root: str = "/sys/devices/system/node", status: str = "/proc/self/status"
+) -> dict[int, numa.Node]:
+    """What this process may use of each NUMA node that has cores."""
+    cores = os.sched_getaffinity(0)
+    memory = _allowed_memory_nodes(status)
+    found: dict[int, numa.Node] = {}
+    for folder in Path(root).glob("node[0-9]*"):
+        try:
+            number = int(folder.name.removeprefix("node"))
+            cpus = numa.listed((folder / "cpulist").read_text(encoding="ascii")) & cores
+            meminfo = (folder / "meminfo").read_text(encoding="ascii") if number in memory else ""
+        except (OSError, ValueError):
+            continue
+        if cpus:
+            found[number] = numa.Node(cpus, numa.memory_total(meminfo))
+    return found
+
+
+def _allowed_memory_nodes(status: str) -> frozenset[int]:
+    for line in Path(status).read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("Mems_allowed_list:"):
+            return numa.listed(line.split(":", 1)[1])
+    return frozenset()
 
 
 def _own_groups(root: Path, controller: str) -> list[Path]:

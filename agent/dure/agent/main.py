@@ -16,8 +16,9 @@ import click
 import uvloop
 
 from dure.agent import exposition, machine, ports, prober
-from dure.agent.accelerators import Accelerator, Found, Request
+from dure.agent.accelerators import Accelerator, Request
 from dure.agent.backends.base import Abilities, Backend
+from dure.agent.device_watch import DeviceWatch
 from dure.agent.folders import Folders
 from dure.agent.leases import Leases, default_lease_dir
 from dure.agent.link import Link, Refused
@@ -54,6 +55,7 @@ class Options:
     session_ports: range
     lease_dir: Path
     folder_cache_bytes: int
+    numa_pinning: bool
     metrics_bind: str
     metrics_port: int
     backend: str
@@ -149,6 +151,11 @@ def _only_member(data_dir: Path) -> str:
     "--folder-cache", default="100g", show_default=True, help="Bound of the cache of fetched folders."
 )
 @click.option(
+    "--numa-pinning",
+    is_flag=True,
+    help="Keep sessions on the cores and memory that are near their GPUs.",
+)
+@click.option(
     "--metrics-port",
     type=click.IntRange(0, 65535),
     default=0,
@@ -231,6 +238,7 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         lease_dir=given["lease_dir"],
         folder_cache_bytes=_amount("--folder-cache", quantities.MEM, given["folder_cache"])
         // quantities.MILLI,
+        numa_pinning=given["numa_pinning"],
         metrics_bind=given["metrics_bind"],
         metrics_port=given["metrics_port"],
         backend=_known_backend(given["backend"]),
@@ -263,18 +271,34 @@ async def _serve(options: Options) -> None:
     backend = _load_backend(options)
     abilities = await backend.probe()
     plugins = _load_accelerators()
-    found = await _find_devices(options, plugins)
-    hello = _hello(options, host, backend.name, abilities, found)
-    for limitation in hello.limitations:
+    limitations = [*abilities.limitations, *_no_pinning(options, abilities)]
+    for limitation in limitations:
         _log.warning("%s", limitation)
     traces = tracing.set_up("agent", options.name)
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
         stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(connection)
         storage = ManagerStorage(stub)
-        devices = {one.id: one for one in found.devices}
+        devices: dict[str, fleet_pb2.Device] = {}
         node = _node(options, host, backend, devices, storage, http, traces)
         supervisor = Supervisor(options.home, node)
+        watch = DeviceWatch(
+            plugins,
+            Request(options.name, options.simulated_gpus),
+            devices,
+            supervisor,
+            supervisor.changed.set,
+            file=options.home / "devices.pb",
+            held=await supervisor.held_before(),
+            limitations=limitations,
+            withheld=abilities.no_devices,
+        )
+        watching = asyncio.create_task(watch.run())
+        await watch.first()
         await supervisor.adopt()
+
+        def hello() -> fleet_pb2.Hello:
+            return _hello(options, host, backend.name, abilities, watch)
+
         logs_sent = LogSender(stub, node.logs, supervisor.has_ended)
         measurer = Measurer(
             backend, plugins, devices, supervisor.running, supervisor.changed.set, node.counts
@@ -289,16 +313,18 @@ async def _serve(options: Options) -> None:
             storage=storage,
             logs=logs_sent,
             measurer=measurer,
+            watch=watch,
         )
 
         async def page() -> str:
             return exposition.render(
                 agent=options.name,
-                version=hello.version,
+                version=version("dure"),
                 connected=link.connected,
                 streams=link.streams,
                 phases=supervisor.phases(),
                 newest=measurer.newest,
+                devices=list(devices.values()),
                 counts=node.counts,
             )
 
@@ -306,6 +332,7 @@ async def _serve(options: Options) -> None:
             linked = asyncio.create_task(link.run())
             working = [
                 linked,
+                watching,
                 *(asyncio.create_task(part.run()) for part in (node.logs, measurer, backend)),
             ]
             waited: set[asyncio.Future[Any]] = {asked, linked}
@@ -358,6 +385,7 @@ def _node(
         http=http,
         logs=LogArchive(options.home),
         storage=storage,
+        numa_nodes=machine.numa_nodes() if options.numa_pinning else {},
         tracing=traces,
     )
 
@@ -401,17 +429,14 @@ def _load_accelerators() -> list[Accelerator]:
     return sorted(plugins, key=lambda plugin: plugin.order)
 
 
-async def _find_devices(options: Options, plugins: list[Accelerator]) -> Found:
-    devices: tuple[fleet_pb2.Device, ...] = ()
-    limitations: tuple[str, ...] = ()
-    for plugin in plugins:
-        found = await plugin.find(Request(options.name, options.simulated_gpus, devices))
-        devices += found.devices
-        limitations += found.limitations
-    return Found(devices, limitations)
+def _no_pinning(options: Options, abilities: Abilities) -> list[str]:
+    why = abilities.no_pinning or ("" if machine.numa_nodes() else "the machine does not tell its NUMA nodes")
+    return [f"sessions are not pinned to NUMA nodes: {why}"] if options.numa_pinning and why else []
 
 
-def _hello(options: Options, host: str, backend: str, abilities: Abilities, found: Found) -> fleet_pb2.Hello:
+def _hello(
+    options: Options, host: str, backend: str, abilities: Abilities, watch: DeviceWatch
+) -> fleet_pb2.Hello:
     return fleet_pb2.Hello(
         protocol_version=PROTOCOL_VERSION,
         version=version("dure"),
@@ -421,8 +446,8 @@ def _hello(options: Options, host: str, backend: str, abilities: Abilities, foun
         boot_id=machine.boot_id(),
         backend=backend,
         slots={quantities.CPU: options.cpu_milli, quantities.MEM: options.memory_milli},
-        devices=found.devices,
-        limitations=[*abilities.limitations, *found.limitations],
+        devices=watch.begin_stream(),
+        limitations=watch.limitations,
         maps_mounts=abilities.maps_mounts,
         runs_images=abilities.runs_images,
         architecture=platform.machine(),

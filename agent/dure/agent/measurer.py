@@ -163,10 +163,11 @@ class Measurer:
         return uses
 
     def _shares(self, spec: fleet_pb2.KernelSpec) -> list[Grant]:
+        granted = [(grant, self._devices.get(grant.device)) for grant in spec.devices]
         return [
-            Grant(grant.device, grant.amount, self._devices[grant.device].memory_bytes)
-            for grant in spec.devices
-            if grant.device in self._devices
+            Grant(grant.device, grant.amount, device.memory_bytes, bool(device.parent))
+            for grant, device in granted
+            if device is not None
         ]
 
     def _tell(self, message: str) -> None:

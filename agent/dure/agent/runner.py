@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from dure.agent import clusters, devices, environment, health, machine, ports, prober
+from dure.agent import clusters, devices, environment, health, machine, numa, ports, prober
 from dure.agent.backends import outcome
 from dure.agent.backends.base import (
     Backend,
@@ -62,6 +62,8 @@ class Node:
     storage: ManagerStorage
     counts: Counts = field(default_factory=Counts)
     tracing: Tracing | None = None
+    # The machine's NUMA nodes, by number, if kernels are to be pinned to them.
+    numa_nodes: Mapping[int, numa.Node] = field(default_factory=dict)
 
 
 class Runner:
@@ -253,6 +255,7 @@ class Runner:
             # An image has its own PATH and libraries.
             inherited={} if self._node.backend.contains else os.environ,
         )
+        pin = self._pin()
         return Plan(
             handle=self.handle,
             model=model,
@@ -270,6 +273,8 @@ class Runner:
             extra_mounts=extra,
             shared_memory_bytes=spec.shared_memory_bytes,
             cluster=cluster,
+            cpus=pin.cpus,
+            memory_nodes=pin.memory_nodes,
             container=self._container(cluster) if self._node.backend.contains else None,
         )
 
@@ -300,6 +305,11 @@ class Runner:
                 message = f"cannot get the credential for image `{self.spec.image}`: {error}"
                 raise StartFailed(message, "IMAGE_FAILED") from error
             await asyncio.sleep(backoff_s(attempt, first_s=0.2, max_s=5.0, jitter=0.0))
+
+    def _pin(self) -> numa.Pin:
+        granted = [self._node.devices[grant.device] for grant in self.spec.devices]
+        cpu_milli, memory_bytes = self.spec.slots.get("cpu", 0), self.spec.slots.get("mem", 0) // 1000
+        return numa.pin(granted, cpu_milli, memory_bytes, self._node.numa_nodes)
 
     async def _follow(self) -> None:
         seen: Observation | None = None

@@ -1,4 +1,5 @@
-"""The manager's folders over the stream's channel, in the terms of `folders.Storage`."""
+"""What the manager keeps for kernels, over the stream's channel: its folders, in the terms of
+`folders.Storage`, and with what their images are fetched."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from dure.wire.errors import ResourceExhausted, TimedOut, from_rpc
 _Message = TypeVar("_Message")
 # Between two messages of a call.
 SILENCE_LIMIT_S = 30.0
+CREDENTIAL_LIMIT_S = 10.0
 
 
 class ManagerStorage:
@@ -39,21 +41,6 @@ class ManagerStorage:
         assert self._welcome is not None
         return self._welcome
 
-    async def image_credential(self, kernel_uid: str) -> tuple[str, str]:
-        """User and password for the registry of a kernel's image; both empty if the manager knows none."""
-        await self.welcome()
-        try:
-            answer = await self._stub.GetImageCredential(
-                fleet_pb2.GetImageCredentialRequest(kernel_uid=kernel_uid),
-                metadata=bearer(self._credential),
-                timeout=SILENCE_LIMIT_S,
-            )
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                return "", ""
-            raise from_rpc(error) from error
-        return answer.username, answer.password
-
     async def manifest(self, folder_uid: str) -> list[fleet_pb2.ManifestFile]:
         call = self._stub.GetFolderManifest(
             fleet_pb2.GetFolderManifestRequest(folder_uid=folder_uid), metadata=bearer(self._credential)
@@ -69,6 +56,28 @@ class ManagerStorage:
         request = fleet_pb2.FetchFileRequest(folder_uid=folder_uid, path=path, offset=offset)
         async for piece in _messages(self._stub.FetchFile(request, metadata=bearer(self._credential))):
             yield piece.data
+
+    async def image_credential(self, kernel_uid: str, limit_s: float = CREDENTIAL_LIMIT_S) -> tuple[str, str]:
+        """User and password for the registry of a kernel's image, both empty if the manager knows none. They
+        are for this moment, and not kept. Raises errors of ours: the manager may be away for longer than we
+        wait."""
+        request = fleet_pb2.GetImageCredentialRequest(kernel_uid=kernel_uid)
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.welcome()
+                answer = await self._stub.GetImageCredential(
+                    request, metadata=bearer(self._credential), wait_for_ready=True
+                )
+        except TimeoutError as error:
+            raise TimedOut(
+                f"the manager did not say within {limit_s:g} s with what to fetch the image"
+            ) from error
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                # A manager from before there were credentials.
+                return "", ""
+            raise from_rpc(error) from error
+        return answer.username, answer.password
 
 
 async def _messages(call: grpc.aio.UnaryStreamCall[Any, _Message]) -> AsyncIterator[_Message]:

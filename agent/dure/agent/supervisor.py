@@ -13,7 +13,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from dure.agent.backends.base import Handle
+from dure.agent.backends.base import Ended, Handle
 from dure.agent.kernel import Action, Event, Kernels, Phase, Step
 from dure.agent.runner import Node, Runner
 from dure.fleet.v1 import fleet_pb2
@@ -33,6 +33,8 @@ class Supervisor:
         self._kernels = Kernels()
         self._runners: dict[str, Runner] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Ends for reasons of the node's own that are under way.
+        self._ends: dict[str, asyncio.Task[None]] = {}
         # Uids whose status was not sent yet: as many as there are kernels and fresh tombstones, at most.
         self._unsent: dict[str, None] = {}
         self._snapshot: fleet_pb2.Desired | None = None
@@ -72,6 +74,39 @@ class Supervisor:
             if not runner.ended and self._kernels.phase(uid) is Phase.RUNNING
         ]
 
+    def held(self) -> frozenset[str]:
+        """Ids of the devices that kernels have which have not ended."""
+        return frozenset(
+            grant.device
+            for runner in self._runners.values()
+            if not runner.ended
+            for grant in runner.spec.devices
+        )
+
+    async def held_before(self) -> frozenset[str]:
+        """Ids of the devices of kernels that the agent before left."""
+        specs = await self._find_all()
+        return frozenset(grant.device for spec in specs for grant in spec.devices)
+
+    def condemn(self, uid: str, ended: Ended) -> None:
+        """Begins to end a kernel for a reason of the node's own. One that resists goes on; whoever condemned
+        it does so again."""
+        runner = self._runners.get(uid)
+        if runner is None or runner.ended or uid in self._ends:
+            return
+
+        async def end() -> None:
+            try:
+                await runner.condemn(ended)
+            except (OSError, TimeoutError) as error:
+                _log.warning("kernel %s resists its end (%s): %s", uid, ended.message, error)
+            finally:
+                del self._ends[uid]
+
+        _log.warning("ending kernel %s (%s): %s", uid, runner.spec.endpoint, ended.message)
+        self._ends[uid] = task = asyncio.create_task(end(), name=f"end of kernel {uid}")
+        task.add_done_callback(_tell_of_crash)
+
     def phases(self) -> Counter[Phase]:
         """How many kernels are in each phase."""
         return Counter(entry.phase for entry in self._kernels.entries.values())
@@ -101,11 +136,11 @@ class Supervisor:
 
     async def detach(self) -> None:
         """Lets go of all kernels; they keep running."""
-        await _cancel(self._tasks.values())
+        await _cancel([*self._ends.values(), *self._tasks.values()])
 
     async def stop_all(self) -> None:
         """Ends all kernels, each with its grace, and keeps how they ended."""
-        await _cancel(self._tasks.values())
+        await _cancel([*self._ends.values(), *self._tasks.values()])
         results = await asyncio.gather(
             *(runner.stop(runner.grace_s) for runner in self._runners.values()), return_exceptions=True
         )

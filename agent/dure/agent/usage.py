@@ -41,11 +41,17 @@ class DeviceUse:
 
 @dataclass(frozen=True)
 class Grant:
-    """A part of a device: milli-units of one whole, and the memory of the whole."""
+    """A part of a device: milli-units of one whole, and the memory of the whole. A device that is itself a
+    part of a GPU is granted as a whole, whatever was asked for."""
 
     device: str
     share_milli: int
     device_memory_bytes: int
+    is_whole: bool = False
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.device_memory_bytes * (1 if self.is_whole else self.share_milli / MILLI)
 
 
 def values(before: Usage | None, now: Usage, cpu_milli: int, memory_bytes: int) -> dict[str, float]:
@@ -90,7 +96,7 @@ def device_values(
     memory = [use.memory_bytes for use in seen.values() if use.memory_bytes is not None]
     if len(memory) == len(seen):
         found["cuda_mem"] = sum(_of(pids, one) for one in memory)
-        granted_bytes = sum(grant.device_memory_bytes * grant.share_milli / MILLI for grant in grants)
+        granted_bytes = sum(grant.memory_bytes for grant in grants)
         if granted_bytes > 0:
             found["cuda_mem_util"] = found["cuda_mem"] * 100 / granted_bytes
     return found

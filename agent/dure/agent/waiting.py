@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +15,7 @@ _T = TypeVar("_T")
 
 
 async def readable(descriptors: Sequence[int], limit_s: float | None = None) -> bool:
-    """Waits until one of them can be read (a pidfd: until its process ended); False after `limit_s`.
-
-    A descriptor may be waited for in one place at a time.
-    """
+    """Waits until one of them can be read (a pidfd: until its process ended); False after `limit_s`."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -25,13 +23,16 @@ async def readable(descriptors: Sequence[int], limit_s: float | None = None) -> 
         if not ready.done():
             ready.set_result(None)
 
-    for descriptor in descriptors:
-        loop.add_reader(descriptor, wake)
+    # A loop keeps one reader of a descriptor, and who stops a kernel waits beside who follows it.
+    own = [os.dup(descriptor) for descriptor in descriptors]
     try:
+        for descriptor in own:
+            loop.add_reader(descriptor, wake)
         done, _ = await asyncio.wait([ready], timeout=limit_s)
     finally:
-        for descriptor in descriptors:
+        for descriptor in own:
             loop.remove_reader(descriptor)
+            os.close(descriptor)
     return bool(done)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from dure.client.call import PAGE_SIZE, Caller, all_pages
-from dure.v1 import catalog_pb2, catalog_pb2_grpc
+from dure.v1 import catalog_pb2, catalog_pb2_grpc, endpoint_pb2
 from dure.v1.catalog_pb2 import Image, PlacementPolicy, Preset, ResourceGroup
+from dure.v1.endpoint_pb2 import SecurityProfile
 from dure.wire import names
 
 
@@ -25,6 +26,7 @@ class ResourceGroups:
         allowed_projects: Sequence[str] = (),
         proxy_group: str = "",
         description: str = "",
+        security_profile: SecurityProfile.ValueType = endpoint_pb2.SECURITY_PROFILE_DEFAULT,
     ) -> ResourceGroup:
         """Without `allowed_projects` all may use it."""
         wanted = ResourceGroup(
@@ -32,6 +34,7 @@ class ResourceGroups:
             allowed_projects=allowed_projects,
             proxy_group=proxy_group,
             description=description,
+            security_profile=security_profile,
         )
         request = catalog_pb2.CreateResourceGroupRequest(resource_group_id=name, resource_group=wanted)
         response = await self._caller.unary(self._stub.CreateResourceGroup, request, idempotent=False)
@@ -59,6 +62,7 @@ class ResourceGroups:
         allowed_projects: Sequence[str] | None = None,
         proxy_group: str | None = None,
         description: str | None = None,
+        security_profile: SecurityProfile.ValueType | None = None,
     ) -> ResourceGroup:
         """Changes what is given; `allowed_projects` replaces all of them."""
         request = catalog_pb2.UpdateResourceGroupRequest()
@@ -76,6 +80,9 @@ class ResourceGroups:
         if description is not None:
             wanted.description = description
             paths.append("description")
+        if security_profile is not None:
+            wanted.security_profile = security_profile
+            paths.append("security_profile")
         return (await self._caller.unary(self._stub.UpdateResourceGroup, request)).resource_group
 
     async def delete(self, name: str) -> None:

@@ -14,6 +14,7 @@ from dure.client.endpoints import EndpointGroup
 from dure.client.folders import FolderGroup
 from dure.client.models import ModelGroup
 from dure.client.projects import ProjectGroup
+from dure.client.registries import RegistryGroup
 from dure.client.rules import RuleGroup
 from dure.client.runtimes import RuntimeGroup
 from dure.client.tokens import TokenGroup
@@ -52,6 +53,7 @@ class Client:
         self.presets = Presets(self._caller)
         self.images = Images(self._caller)
         self.runtimes = RuntimeGroup(self._caller)
+        self.registries = RegistryGroup(self._caller, project)
         self.models = ModelGroup(self._caller, project)
         self.rules = RuleGroup(self._caller, project)
 

@@ -19,7 +19,7 @@ from dure.client.notation import (
     steps_text,
 )
 from dure.client.rule_notation import rule_values
-from dure.client.wanted import CLUSTER_MODES
+from dure.client.wanted import CLUSTER_MODES, PROFILES, PULL_POLICIES
 from dure.v1 import endpoint_pb2
 from dure.v1.endpoint_pb2 import (
     Endpoint,
@@ -40,6 +40,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "runtime": "custom",
     "model_mount_destination": "/models",
     "resource_group": "default",
+    "image_pull_policy": "if-not-present",
+    "security_profile": "default",
     "cluster_mode": "single-node",
     "cluster_size": 1,
     "priority": 10,
@@ -75,6 +77,8 @@ class Change:
 def to_manifest(endpoint: Endpoint, rules: Sequence[ScalingRule] = ()) -> dict[str, Any]:
     """The values of a file that asks for `endpoint` and its rules, in the order that the document has."""
     modes = {number: word for word, number in CLUSTER_MODES.items()}
+    policies = {number: word for word, number in PULL_POLICIES.items()}
+    profiles = {number: word for word, number in PROFILES.items()}
     values: dict[str, Any] = {
         "name": endpoint.name.rsplit("/", 1)[-1],
         "model": endpoint.model.rsplit("/", 1)[-1],
@@ -90,6 +94,9 @@ def to_manifest(endpoint: Endpoint, rules: Sequence[ScalingRule] = ()) -> dict[s
         "environ": {key: endpoint.environ[key] for key in sorted(endpoint.environ)},
         "image": endpoint.image,
         "architecture": endpoint.architecture,
+        "image_pull_policy": policies.get(endpoint.image_pull_policy, ""),
+        "security_profile": profiles.get(endpoint.security_profile, ""),
+        "require_enforcement": endpoint.require_enforcement,
         "model_mount_destination": endpoint.model_mount_destination,
         "model_definition_path": endpoint.model_definition_path,
         "extra_mounts": [_mount(mount) for mount in endpoint.extra_mounts],

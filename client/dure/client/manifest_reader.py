@@ -14,13 +14,13 @@ import yaml
 from dure.client.manifest import STRATEGIES
 from dure.client.notation import set_duration
 from dure.client.rule_reader import RULE_KEYS, read_rules
-from dure.client.wanted import CLUSTER_MODES, EndpointFields
+from dure.client.wanted import CLUSTER_MODES, PROFILES, PULL_POLICIES, EndpointFields
 from dure.definitions.environ import wrong_variable
 from dure.definitions.problems import Problem, invalid
 from dure.definitions.reader import Reader, is_null, join, kind, tag
 from dure.v1.endpoint_pb2 import ExtraMount, RolloutPolicy, ServiceOverride
 from dure.v1.scaling_pb2 import ScalingRule
-from dure.wire import names
+from dure.wire import enforcement, names
 from dure.wire.quantities import MEM, parse_duration_s, parse_slot
 
 FILE_BYTES_MAX = 1 << 20
@@ -29,9 +29,10 @@ DOCUMENTS_MAX = 100
 _ALIASES = {"replica_count": "replicas", "rollout_policy": "rollout"}
 KEYS = (
     "name", "project", "model", "runtime", "replicas", "open_to_public", "resource_group", "preset",
-    "resource_slots", "shared_memory", "environ", "image", "architecture", "model_mount_destination",
-    "model_definition_path", "extra_mounts", "cluster_mode", "cluster_size", "priority", "service", "rollout",
-    "scale_to_zero_after", "metrics_path", "scaling",
+    "resource_slots", "shared_memory", "environ", "image", "architecture", "image_pull_policy",
+    "security_profile", "require_enforcement", "model_mount_destination", "model_definition_path",
+    "extra_mounts", "cluster_mode", "cluster_size", "priority", "service", "rollout", "scale_to_zero_after",
+    "metrics_path", "scaling",
 )  # fmt: skip
 _MOUNT_KEYS = ("folder", "target", "subpath", "writable")
 _SERVICE_KEYS = ("start_command", "shell", "port", "health_check")
@@ -157,6 +158,13 @@ def _manifest(reader: Reader, root: yaml.Node) -> Manifest:
     )
     mode = _choice(reader, found.get("cluster_mode"), "cluster_mode", tuple(CLUSTER_MODES))
     fields["cluster_mode"] = "multi-node" if mode == "multi-node" else "single-node"
+    policy = _choice(reader, found.get("image_pull_policy"), "image_pull_policy", tuple(PULL_POLICIES))
+    fields["image_pull_policy"] = policy or "if-not-present"  # type: ignore[typeddict-item]
+    profile = _choice(reader, found.get("security_profile"), "security_profile", tuple(PROFILES))
+    fields["security_profile"] = "strict" if profile == "strict" else "default"
+    fields["require_enforcement"] = _choice(
+        reader, found.get("require_enforcement"), "require_enforcement", enforcement.MODES
+    )
     replicas = found.get("replicas")
     return Manifest(
         name=name,

@@ -15,6 +15,23 @@ CLUSTER_MODES: dict[str, endpoint_pb2.ClusterMode.ValueType] = {
     "single-node": endpoint_pb2.CLUSTER_MODE_SINGLE_NODE,
     "multi-node": endpoint_pb2.CLUSTER_MODE_MULTI_NODE,
 }
+PullPolicy = Literal["if-not-present", "always", "never"]
+PULL_POLICIES: dict[str, endpoint_pb2.ImagePullPolicy.ValueType] = {
+    "if-not-present": endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT,
+    "always": endpoint_pb2.IMAGE_PULL_POLICY_ALWAYS,
+    "never": endpoint_pb2.IMAGE_PULL_POLICY_NEVER,
+}
+Profile = Literal["default", "strict"]
+PROFILES: dict[str, endpoint_pb2.SecurityProfile.ValueType] = {
+    "default": endpoint_pb2.SECURITY_PROFILE_DEFAULT,
+    "strict": endpoint_pb2.SECURITY_PROFILE_STRICT,
+}
+# Fields whose value is a word of a table.
+_WORDS: dict[str, Mapping[str, int]] = {
+    "cluster_mode": CLUSTER_MODES,
+    "image_pull_policy": PULL_POLICIES,
+    "security_profile": PROFILES,
+}
 
 
 class EndpointFields(TypedDict, total=False):
@@ -36,6 +53,9 @@ class EndpointFields(TypedDict, total=False):
     cluster_size: int
     image: str
     architecture: str
+    image_pull_policy: PullPolicy
+    require_enforcement: str  # watchdog, hook, mps, mig; empty: any
+    security_profile: Profile
     preset: str
     shared_memory: str
     priority: int
@@ -52,12 +72,12 @@ def endpoint_of(fields: EndpointFields) -> tuple[Endpoint, list[str]]:
     for key, value in fields.items():
         path = "replica_count" if key == "replicas" else key
         paths.append(path)
-        if path == "cluster_mode":
-            if value not in CLUSTER_MODES:
+        if path in _WORDS:
+            if value not in _WORDS[path]:
                 raise InvalidInput.of(
-                    [Violation(path, f"`{value}` is none of: {', '.join(sorted(CLUSTER_MODES))}")]
+                    [Violation(path, f"`{value}` is none of: {', '.join(sorted(_WORDS[path]))}")]
                 )
-            wanted.cluster_mode = CLUSTER_MODES[str(value)]
+            setattr(wanted, path, _WORDS[path][str(value)])
         elif path in ("resource_slots", "environ"):
             getattr(wanted, path).update(value)
         elif path == "extra_mounts":

@@ -52,6 +52,10 @@ def folder(project_id: str, folder_id: str) -> str:
     return f"projects/{project_id}/folders/{folder_id}"
 
 
+def registry(project_id: str, host: str) -> str:
+    return f"projects/{project_id}/registries/{host}"
+
+
 def token(project_id: str, endpoint_id: str, uid: str) -> str:
     return f"projects/{project_id}/endpoints/{endpoint_id}/tokens/{uid}"
 

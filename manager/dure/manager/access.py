@@ -87,6 +87,7 @@ _TABLE: dict[str, dict[str, Rule]] = {
         "ListTokens": _READ,
         "RevokeToken": _WRITE,
     },
+    "RegistryService": {"SetRegistry": _WRITE, "ListRegistries": _READ, "DeleteRegistry": _WRITE},
     "ProjectService": {
         "CreateProject": _ADMIN,
         "GetProject": _READ,

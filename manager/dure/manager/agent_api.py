@@ -8,7 +8,7 @@ import grpc.aio
 from sqlalchemy import select
 
 from dure.fleet.v1 import fleet_pb2
-from dure.manager import placement, schema, scope, views
+from dure.manager import devices, schema, scope, views
 from dure.manager.fleet import Fleet
 from dure.manager.model import AgentStatus, KernelPhase
 from dure.manager.store import Store
@@ -117,23 +117,27 @@ class AgentApi(agent_pb2_grpc.AgentServiceServicer):
         for slot in (CPU, MEM):
             used = sum(grant.slots.get(slot, 0) for grant in node.grants)
             self._slot(message, slot, hello.slots.get(slot, 0), used)
-        if hello.devices:
-            shares = [share for grant in node.grants for share in grant.devices]
-            for slot in (SHARES, DEVICES):
-                capacity = sum(device.slots.get(slot, 0) for device in hello.devices)
-                used = sum(share.amount for share in shares if share.slot == slot)
-                self._slot(message, slot, capacity, used)
+        used_of = devices.used_shares(node.devices, node.grants)
+        if offered := devices.offered(node.devices, node.grants):
+            whole = {s.device: s.amount for g in node.grants for s in g.devices if s.slot == DEVICES}
+            shared = sum(used_of[device.id] for device in offered if device.id not in whole)
+            for slot, used in ((SHARES, shared), (DEVICES, sum(whole.values()))):
+                self._slot(message, slot, sum(device.slots.get(slot, 0) for device in offered), used)
         for device in hello.devices:
-            held = placement.held_shares(node, device.id)
-            message.devices.add(
+            shown = message.devices.add(
                 id=device.id,
                 model=device.model,
                 memory_bytes=device.memory_bytes,
                 accelerator=device.accelerator,
-                used_shares=format_slot(SHARES, held),
+                used_shares=format_slot(SHARES, used_of[device.id]),
                 healthy=device.healthy,
                 detail=device.detail,
+                parent=device.parent,
+                enforcement=device.enforcement,
+                shares=format_slot(SHARES, device.slots.get(SHARES, 0)),
             )
+            if device.HasField("numa_node"):
+                shown.numa_node = device.numa_node
         return message
 
     def _slot(self, message: agent_pb2.Agent, slot: str, capacity: int, used: int) -> None:

@@ -5,6 +5,7 @@ Each function returns the canonical value and adds what is wrong to `violations`
 
 from __future__ import annotations
 
+import difflib
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dure.definitions.environ import too_large, wrong_variable
 from dure.definitions.service import wrong_architecture, wrong_image
 from dure.v1 import endpoint_pb2
-from dure.wire import quantities
+from dure.wire import enforcement, quantities
 from dure.wire.errors import InvalidInput, Violation
-from dure.wire.quantities import MEM, MILLI
+from dure.wire.quantities import DEVICES, MEM, MILLI, SHARES
 
 MOUNT_DESTINATION = "/models"
 HOME = "/home/work"
@@ -90,6 +91,44 @@ def image(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> None:
         violations.append(Violation("endpoint.image", wrong))
     if wanted.architecture and (wrong := wrong_architecture(wanted.architecture)):
         violations.append(Violation("endpoint.architecture", wrong))
+
+
+def containers(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> None:
+    """Pull policy and security profile."""
+    if wanted.image_pull_policy not in endpoint_pb2.ImagePullPolicy.values():
+        found = f"found {wanted.image_pull_policy}, expected IF_NOT_PRESENT, ALWAYS or NEVER"
+        violations.append(Violation("endpoint.image_pull_policy", found))
+    if wanted.security_profile not in endpoint_pb2.SecurityProfile.values():
+        found = f"found {wanted.security_profile}, expected DEFAULT or STRICT"
+        violations.append(Violation("endpoint.security_profile", found))
+
+
+def require_enforcement(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> str:
+    """A mode; empty for any."""
+    mode = wanted.require_enforcement.strip().lower()
+    if mode in ("", enforcement.NONE):
+        return ""
+    if mode not in enforcement.MODES:
+        near = difflib.get_close_matches(mode, enforcement.MODES, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(enforcement.MODES)}"
+        violations.append(Violation("endpoint.require_enforcement", f"unknown mode `{mode[:40]}`; {hint}"))
+        return ""
+    return mode
+
+
+def check_enforcement(mode: str, slots: Mapping[str, int], violations: list[Violation]) -> None:
+    """Whether what is required makes sense for the slots that a kernel gets in the end."""
+    field = "endpoint.require_enforcement"
+    if not mode:
+        return
+    if DEVICES in slots:
+        alone = f"a whole GPU has no neighbours: leave it out, or ask for `{SHARES}` in place of `{DEVICES}`"
+        violations.append(Violation(field, alone))
+    elif SHARES not in slots:
+        violations.append(Violation(field, f"requires `{SHARES}`: no part of a GPU is asked for"))
+    elif mode == enforcement.MIG and slots[SHARES] > MILLI:
+        most = f"`mig` gives one part of one GPU: ask for at most 1.00 `{SHARES}`, or require `mps` or less"
+        violations.append(Violation(field, most))
 
 
 def shared_memory(text: str, violations: list[Violation]) -> int:

@@ -91,6 +91,9 @@ def canonical(endpoint: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
     result.cluster_size = endpoint.cluster_size or 1
     result.priority = endpoint.priority or asked.PRIORITY_DEFAULT
     result.metrics_path = endpoint.metrics_path or asked.METRICS_PATH
+    result.image_pull_policy = endpoint.image_pull_policy or endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT
+    result.security_profile = endpoint.security_profile or endpoint_pb2.SECURITY_PROFILE_DEFAULT
+    result.require_enforcement = asked.require_enforcement(endpoint, [])
     if not endpoint.scale_to_zero_after.ToNanoseconds():
         result.ClearField("scale_to_zero_after")
     for mount in result.extra_mounts:
@@ -143,7 +146,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = " ".join(value) if isinstance(value, list) else str(value)
-    for prefix in ("CLUSTER_MODE_", "ROLLOUT_STRATEGY_"):
+    for prefix in ("CLUSTER_MODE_", "ROLLOUT_STRATEGY_", "IMAGE_PULL_POLICY_", "SECURITY_PROFILE_"):
         text = text.removeprefix(prefix)
     text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     text = text if len(text) <= CHARACTERS_MAX else f"{text[:CHARACTERS_MAX]}..."

@@ -6,12 +6,14 @@ from typing import Any
 
 import grpc.aio
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.manager import messages, schema, scope
 from dure.manager.explaining import explain
 from dure.manager.fleet import Fleet
 from dure.manager.log_reader import LogReader
 from dure.manager.model import EndpointStatus
+from dure.manager.pulls import Pulls
 from dure.manager.revising import Revising, stale
 from dure.manager.showing import shown, shown_replicas
 from dure.manager.store import Store, new_uid, now_ms
@@ -33,12 +35,14 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
         revising: Revising,
         validating: Validating,
         log_reader: LogReader,
+        pulls: Pulls,
     ) -> None:
         self._store = store
         self._fleet = fleet
         self._revising = revising
         self._validating = validating
         self._log_reader = log_reader
+        self._pulls = pulls
         self._watcher = Watcher(store)
 
     async def create(
@@ -73,8 +77,16 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
         async with self._store.read() as session:
             project, row = await scope.endpoint(session, request.name)
             return endpoint_pb2.GetEndpointResponse(
-                endpoint=await shown(session, project.name, row, replicas=True)
+                endpoint=await self._shown(session, project.name, row, replicas=True)
             )
+
+    async def _shown(
+        self, session: AsyncSession, project: str, row: schema.Endpoint, *, replicas: bool
+    ) -> endpoint_pb2.Endpoint:
+        """As it is stored, and how far its images are."""
+        endpoint = await shown(session, project, row, replicas=replicas)
+        self._pulls.show(endpoint.replicas)
+        return endpoint
 
     async def ListEndpoints(
         self, request: endpoint_pb2.ListEndpointsRequest, context: Context
@@ -173,7 +185,7 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
     async def WatchEndpoints(  # type: ignore[override]
         self, request: endpoint_pb2.WatchEndpointsRequest, context: Context
     ) -> None:
-        await self._watcher.watch(request, context, shown)
+        await self._watcher.watch(request, context, self._shown)
 
     async def ListReplicas(
         self, request: endpoint_pb2.ListReplicasRequest, context: Context
@@ -189,6 +201,7 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
             rows = list(await session.scalars(query.order_by(schema.Replica.uid).limit(size + 1)))
             rows, token = scope.page(rows, size, [row.uid for row in rows])
             replicas = await shown_replicas(session, project.name, endpoint, rows)
+            self._pulls.show(replicas)
         return endpoint_pb2.ListReplicasResponse(replicas=replicas, next_page_token=token)
 
     async def ListEvents(

@@ -49,6 +49,10 @@ def needs(request: Request) -> str:
     parts = [f"{kernels}{slots} in resource group `{request.resource_group}`"]
     if request.architecture:
         parts.append(f"architecture {request.architecture}")
+    if request.enforcement:
+        parts.append(f"shares with at least `{request.enforcement}` enforced")
+    if request.strict:
+        parts.append(f"the profile STRICT, which {request.strict} asks for")
     if request.fixed_port:
         parts.append(f"port {request.fixed_port} of its host")
     return ", ".join(parts)

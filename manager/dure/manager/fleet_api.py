@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
 from sqlalchemy import select
 
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from dure.manager import auth, group_api, liveness, placing, schema, streams
+from dure.manager import auth, group_api, hellos, liveness, node_news, placing, schema, streams
 from dure.manager.fleet import Connection, Fleet
 from dure.manager.folders import Folders
 from dure.manager.intake import Intake
@@ -19,8 +20,9 @@ from dure.manager.joining import join
 from dure.manager.log_relay import LogRelay
 from dure.manager.measures import Measures
 from dure.manager.model import KernelPhase
+from dure.manager.sealing import Seal
 from dure.manager.store import Store
-from dure.wire import errors
+from dure.wire import errors, images
 from dure.wire.channel import PIECE_BYTES
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 PIECE_KERNELS = 32
 TEMPLATES_MAX = 1_000
-DEVICES_MAX, LIMITATIONS_MAX = 256, 50
 # Phases in which an agent has said that it has the kernel: one that is then not among what it finds is lost.
 _CONFIRMED = (KernelPhase.RUNNING, KernelPhase.STOPPING, KernelPhase.EXITED)
 
@@ -45,8 +46,10 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
         folders: Folders,
         relay: LogRelay,
         measures: Measures,
+        seal: Seal,
         stop_grace_ms: int,
     ) -> None:
+        self._seal = seal
         self._measures = measures
         self._store = store
         self._relay = relay
@@ -65,7 +68,7 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
 
     async def Connect(self, _requests: Any, context: Context) -> None:  # type: ignore[override]
         agent_uid = auth.current().uid
-        hello = _checked(await streams.read_hello(context, "an agent"), context.peer())
+        hello = hellos.checked(await streams.read_hello(context, "an agent"), context.peer())
         await self._store_hello(agent_uid, hello)
         connection = self._fleet.opened(agent_uid, hello.resource_group)
         name = auth.current().name
@@ -89,8 +92,12 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
     async def _store_hello(self, agent_uid: str, hello: fleet_pb2.Hello) -> None:
         async with self._store.write() as tx:
             row = await tx.session.get_one(schema.Agent, agent_uid)
+            before = fleet_pb2.Hello.FromString(row.hello)
             row.hello = hello.SerializeToString(deterministic=True)
             row.resource_group = hello.resource_group
+            # At its first hello everything is new, and nobody waits for word of it.
+            if before.devices and (found := hellos.news(before.devices, hello.devices)):
+                await node_news.tell(tx, row, found)
             # A group that an agent names and nobody made appears by itself.
             if await tx.session.get(schema.ResourceGroup, hello.resource_group) is None:
                 tx.session.add(group_api.new_row(hello.resource_group))
@@ -119,6 +126,8 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             if message.HasField("heartbeat"):
                 ack = fleet_pb2.HeartbeatAck(sequence=message.heartbeat.sequence)
                 await streams.send(context, connection.sending, fleet_pb2.ConnectResponse(heartbeat_ack=ack))
+            elif message.HasField("devices_changed"):
+                await self._store_devices(connection.agent_uid, message.devices_changed.devices)
             elif message.HasField("measurements"):
                 self._measures.kernels(message.measurements.kernels)
             elif message.HasField("observed"):
@@ -132,6 +141,22 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
                         observed.set()
                         # Now it can be given work.
                         await self._announce(connection.agent_uid)
+
+    async def _store_devices(self, agent_uid: str, devices: Sequence[fleet_pb2.Device]) -> None:
+        """In place of those of the hello, before anything that the agent says later is looked at."""
+        hellos.check_devices(devices)
+        async with self._store.write() as tx:
+            row = await tx.session.get_one(schema.Agent, agent_uid)
+            hello = fleet_pb2.Hello.FromString(row.hello)
+            if list(hello.devices) == list(devices):
+                return
+            found = hellos.news(hello.devices, devices)
+            del hello.devices[:]
+            hello.devices.extend(devices)
+            row.hello = hello.SerializeToString(deterministic=True)
+            await node_news.tell(tx, row, found)
+            # There may be room for those that wait; and the endpoints there are to be looked at.
+            tx.touch("agent", agent_uid)
 
     async def _announce(self, agent_uid: str) -> None:
         async with self._store.write() as tx:
@@ -200,14 +225,8 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
 
     async def _spec(self, session: Any, row: schema.Kernel) -> fleet_pb2.KernelSpec:
         replica = await session.get_one(schema.Replica, row.replica_uid)
-        key = (row.endpoint_uid, replica.revision)
-        if key not in self._templates:
-            revision = await session.get_one(schema.Revision, key)
-            self._templates[key] = fleet_pb2.KernelSpec.FromString(revision.kernel)
-            if len(self._templates) > TEMPLATES_MAX:
-                self._templates.popitem(last=False)
         spec = fleet_pb2.KernelSpec()
-        spec.CopyFrom(self._templates[key])
+        spec.CopyFrom(await self._template(session, row.endpoint_uid, replica.revision))
         spec.uid, spec.session_uid, spec.generation = row.uid, row.session_uid, row.generation
         spec.replica_uid = row.replica_uid
         spec.session_name = f"{spec.endpoint}-{row.replica_uid[-6:]}"
@@ -221,8 +240,19 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
             spec.slots[slot] = amount
         for share in row.devices:
             spec.devices.add(device=share["device"], slot=share["slot"], amount=share["amount"])
+        if row.strict:
+            spec.security_profile = fleet_pb2.SECURITY_PROFILE_STRICT
         spec.stop_grace_ms = self._stop_grace_ms
         return spec
+
+    async def _template(self, session: Any, endpoint_uid: str, revision: int) -> fleet_pb2.KernelSpec:
+        key = (endpoint_uid, revision)
+        if key not in self._templates:
+            row = await session.get_one(schema.Revision, key)
+            self._templates[key] = fleet_pb2.KernelSpec.FromString(row.kernel)
+            if len(self._templates) > TEMPLATES_MAX:
+                self._templates.popitem(last=False)
+        return self._templates[key]
 
     async def _cluster(self, session: Any, row: schema.Kernel) -> fleet_pb2.Cluster:
         """The place of a kernel among those of its session."""
@@ -233,6 +263,7 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
         )
         ordered = sorted(rows, key=lambda found: (found[0].role, found[0].index))
         cluster = fleet_pb2.Cluster(role=row.role, index=row.index, size=len(ordered))
+        cluster.one_node = all(kernel.agent_uid == row.agent_uid for kernel, _ in ordered)
         for kernel, hello in ordered:
             cluster.hosts.append(f"{kernel.role}{kernel.index}")
             cluster.addresses.append(fleet_pb2.Hello.FromString(hello).advertise_address)
@@ -244,6 +275,25 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
     async def SendLogs(self, _requests: Any, context: Context) -> fleet_pb2.SendLogsResponse:
         await self._relay.take(auth.current().uid, context)
         return fleet_pb2.SendLogsResponse()
+
+    async def GetImageCredential(
+        self, request: fleet_pb2.GetImageCredentialRequest, context: Context
+    ) -> fleet_pb2.GetImageCredentialResponse:
+        async with self._store.read() as session:
+            kernel = await session.get(schema.Kernel, request.kernel_uid)
+            # An agent fetches the images of its own kernels, no others.
+            if kernel is None or kernel.agent_uid != auth.current().uid or kernel.phase == KernelPhase.GONE:
+                raise errors.PermissionDenied(f"this agent has no kernel {request.kernel_uid[:60]}")
+            replica = await session.get_one(schema.Replica, kernel.replica_uid)
+            endpoint = await session.get_one(schema.Endpoint, kernel.endpoint_uid)
+            template = await self._template(session, endpoint.uid, replica.revision)
+            host = images.registry_of(template.image)
+            registry = await session.get(schema.Registry, (endpoint.project_uid, host))
+        if registry is None or not template.image:
+            return fleet_pb2.GetImageCredentialResponse()
+        return fleet_pb2.GetImageCredentialResponse(
+            username=registry.username, password=self._seal.open(registry.password)
+        )
 
     async def GetFolderManifest(  # type: ignore[override]
         self, request: fleet_pb2.GetFolderManifestRequest, context: Context
@@ -286,21 +336,6 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
 async def _pass_on(connection: Connection, context: Context) -> None:
     while True:
         await streams.send(context, connection.sending, await connection.outbox.get())
-
-
-def _checked(hello: fleet_pb2.Hello, peer: str) -> fleet_pb2.Hello:
-    """The hello, with the remote address filled in. Raises InvalidInput on nonsense."""
-    if hello.protocol_version < 1:
-        raise errors.InvalidInput("protocol_version must be at least 1; this manager speaks 1")
-    if len(hello.devices) > DEVICES_MAX or any(amount < 0 for amount in hello.slots.values()):
-        raise errors.InvalidInput(f"an agent has at most {DEVICES_MAX} devices, and no negative slots")
-    if len({device.id for device in hello.devices}) != len(hello.devices):
-        raise errors.InvalidInput("two devices of this agent have one id")
-    hello.resource_group = hello.resource_group or "default"
-    if not hello.advertise_address and peer.startswith(("ipv4:", "ipv6:")):
-        hello.advertise_address = peer.split(":", 1)[1].rsplit(":", 1)[0].strip("[]")
-    del hello.limitations[LIMITATIONS_MAX:]
-    return hello
 
 
 def _pieces(

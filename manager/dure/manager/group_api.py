@@ -11,19 +11,24 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.manager import auth, checks, messages, schema, scope
 from dure.manager.store import Store, Tx, now_ms
-from dure.v1 import catalog_pb2, catalog_pb2_grpc
+from dure.v1 import catalog_pb2, catalog_pb2_grpc, endpoint_pb2
 from dure.wire import errors, names
 from dure.wire.errors import Violation
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 DEFAULT = "default"
-UPDATABLE = ("policy", "allowed_projects", "proxy_group", "description")
+UPDATABLE = ("policy", "allowed_projects", "proxy_group", "description", "security_profile")
 ALLOWED_MAX = 1_000
 _POLICIES = {
     catalog_pb2.PLACEMENT_POLICY_UNSPECIFIED: "SPREAD",
     catalog_pb2.PLACEMENT_POLICY_SPREAD: "SPREAD",
     catalog_pb2.PLACEMENT_POLICY_PACK: "PACK",
+}
+_PROFILES = {
+    endpoint_pb2.SECURITY_PROFILE_UNSPECIFIED: "DEFAULT",
+    endpoint_pb2.SECURITY_PROFILE_DEFAULT: "DEFAULT",
+    endpoint_pb2.SECURITY_PROFILE_STRICT: "STRICT",
 }
 
 
@@ -44,6 +49,7 @@ class GroupApi(catalog_pb2_grpc.ResourceGroupServiceServicer):
                 allowed = await _check(tx.session, wanted, UPDATABLE, violations)
                 row = new_row(request.resource_group_id)
                 row.policy = _POLICIES[wanted.policy]
+                row.security_profile = _PROFILES[wanted.security_profile]
                 row.allowed_projects = allowed
                 row.proxy_group = wanted.proxy_group or DEFAULT
                 row.description = wanted.description
@@ -93,6 +99,10 @@ class GroupApi(catalog_pb2_grpc.ResourceGroupServiceServicer):
             if "policy" in paths:
                 auth.note(f"policy {row.policy} -> {_POLICIES[wanted.policy]}".lower())
                 row.policy = _POLICIES[wanted.policy]
+            if "security_profile" in paths:
+                after = _PROFILES[wanted.security_profile]
+                auth.note(f"security profile {row.security_profile} -> {after}".lower())
+                row.security_profile = after
             if "allowed_projects" in paths:
                 auth.note(f"allowed projects: {', '.join(wanted.allowed_projects) or 'all'}")
                 row.allowed_projects = allowed
@@ -133,6 +143,7 @@ def new_row(name: str) -> schema.ResourceGroup:
         proxy_group=DEFAULT,
         description="",
         created_ms=now_ms(),
+        security_profile="DEFAULT",
     )
 
 
@@ -158,6 +169,8 @@ async def _check(
     """Uids of the allowed projects. Raises InvalidInput with these violations and more."""
     if "policy" in paths and wanted.policy not in _POLICIES:
         violations.append(Violation("resource_group.policy", "must be SPREAD or PACK"))
+    if "security_profile" in paths and wanted.security_profile not in _PROFILES:
+        violations.append(Violation("resource_group.security_profile", "must be DEFAULT or STRICT"))
     if "proxy_group" in paths and wanted.proxy_group:
         wrong = names.check_id(wanted.proxy_group, names.MEMBER_ID, "resource_group.proxy_group")
         violations += [wrong] if wrong is not None else []
@@ -250,6 +263,7 @@ async def _messages(
             description=row.description,
             create_time=messages.timestamp(row.created_ms),
             agents=counts.get(row.name, 0),
+            security_profile=endpoint_pb2.SecurityProfile.Value(f"SECURITY_PROFILE_{row.security_profile}"),
         )
         for row in rows
     ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import schema
 from dure.manager.model import KernelHealth, KernelPhase
+from dure.manager.pulls import Pulls
 from dure.manager.store import Store, rows_by_uid
 from dure.wire.backoff import backoff_s
 
@@ -37,8 +38,9 @@ _HEALTH = {
 class Intake:
     """Newest status of each kernel, waiting to be stored. A newer one replaces an older one."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, pulls: Pulls) -> None:
         self._store = store
+        self._pulls = pulls
         self._pending: dict[str, tuple[str, fleet_pb2.KernelStatus]] = {}
         self._wake = asyncio.Event()
 
@@ -76,6 +78,7 @@ class Intake:
                 await asyncio.sleep(delay_s)
 
     async def _store_batch(self, batch: dict[str, tuple[str, fleet_pb2.KernelStatus]]) -> None:
+        taken: list[tuple[str, fleet_pb2.KernelStatus]] = []
         async with self._store.write() as tx:
             rows: dict[str, schema.Kernel] = await rows_by_uid(tx.session, schema.Kernel, batch)
             for uid, row in rows.items():
@@ -86,7 +89,8 @@ class Intake:
                     continue
                 if row.phase == KernelPhase.EXITED and phase is not KernelPhase.GONE:
                     continue
-                stored = status.SerializeToString(deterministic=True)
+                taken.append((row.endpoint_uid, status))
+                stored = _stored(status)
                 if phase is KernelPhase.GONE:
                     # How it ended is worth keeping; the last word of an agent has nothing else to say.
                     stored = row.status if row.status and not status.HasField("exit") else stored
@@ -97,3 +101,17 @@ class Intake:
                 row.health = _HEALTH.get(status.health, KernelHealth.UNKNOWN).value
                 row.status = stored
                 tx.touch("endpoint", row.endpoint_uid)
+        moved = {uid for uid, status in taken if self._pulls.take(status)}
+        # Nothing to decide, so the controller sleeps on; who watches wants to see it.
+        if moved:
+            self._store.tell([("progress", uid) for uid in sorted(moved)])
+
+
+def _stored(status: fleet_pb2.KernelStatus) -> bytes:
+    """What is kept of a report: all but how far an image is, see `pulls`."""
+    if status.HasField("pull"):
+        kept = fleet_pb2.KernelStatus()
+        kept.CopyFrom(status)
+        kept.ClearField("pull")
+        status = kept
+    return status.SerializeToString(deterministic=True)

@@ -41,10 +41,13 @@ from dure.manager.model_api import ModelApi
 from dure.manager.observer import Observer
 from dure.manager.preset_api import PresetApi
 from dure.manager.project_api import ProjectApi
+from dure.manager.pulls import Pulls
+from dure.manager.registry_api import RegistryApi
 from dure.manager.revising import Revising
 from dure.manager.routing_api import RoutingApi
 from dure.manager.runtime_api import RuntimeApi, store_seed
 from dure.manager.scaling_api import ScalingApi
+from dure.manager.sealing import Seal
 from dure.manager.store import Store, new_uid, now_ms
 from dure.manager.token_api import TokenApi
 from dure.manager.user_api import UserApi
@@ -160,20 +163,22 @@ async def run(options: Settings) -> None:
         await _first_start(store, options.home)
         await store_seed(store)
         keys = SigningKeys.load(options.home / "keys", new_uid())
+        seal = Seal(options.home / "seal.key")
         fleet = Fleet()
         async with store.read() as session:
             rows = await session.execute(select(schema.Agent.uid, schema.Agent.resource_group))
             fleet.expect([(uid, group) for uid, group in rows])
         # A table of its own for each start of a manager: see hub.
         hub = Hub(table_id=new_uid(), keys=keys.public())
-        intake = Intake(store)
+        pulls = Pulls()
+        intake = Intake(store, pulls)
         autoscaler = Autoscaler(store, fleet, hub, monotonic_ms)
         measures = autoscaler.measures
         controller = Controller(store, fleet, hub, measures)
         relay = LogRelay(fleet)
         log_reader = LogReader(store, fleet, relay)
         revising = Revising(store, folders)
-        validating = Validating(store, fleet, folders, revising, log_reader)
+        validating = Validating(store, fleet, folders, revising, log_reader, pulls)
         await validating.clean_up()
         await controller.build()
         trail = Trail(store)
@@ -185,20 +190,23 @@ async def run(options: Settings) -> None:
         services.register(
             server,
             [
-                EndpointApi(store, fleet, revising, validating, log_reader),
+                EndpointApi(store, fleet, revising, validating, log_reader, pulls),
                 FolderApi(store, folders),
                 ModelApi(store, folders, revising.create),
                 TokenApi(store, keys),
                 ScalingApi(store, autoscaler),
                 AgentApi(store, fleet),
                 AdminApi(store, fleet, hub),
+                RegistryApi(store, seal),
                 ProjectApi(store, gatekeeper, trail),
                 UserApi(store, gatekeeper),
                 GroupApi(store),
                 PresetApi(store),
                 ImageApi(store),
                 RuntimeApi(store),
-                FleetApi(store, fleet, intake, folders, relay, measures, int(options.stop_grace_s * 1000)),
+                FleetApi(
+                    store, fleet, intake, folders, relay, measures, seal, int(options.stop_grace_s * 1000)
+                ),
                 RoutingApi(store, hub, controller, measures),
                 health_servicer,
             ],

@@ -11,7 +11,7 @@ from dure.fleet.v1 import fleet_pb2
 from dure.manager import rollout, schema
 from dure.manager.model import EndpointView, KernelHealth, RolloutState
 from dure.v1 import endpoint_pb2, folder_pb2
-from dure.wire import names
+from dure.wire import enforcement, names
 from dure.wire.quantities import format_slot
 
 _HEALTH = {
@@ -70,6 +70,9 @@ def shaping(revision: schema.Revision, project: str) -> endpoint_pb2.Endpoint:
     """What was asked for in a revision: the fields that shape a replica."""
     message = json_format.ParseDict(revision.spec["asked"], endpoint_pb2.Endpoint())
     message.model = names.folder(project, revision.spec["folder"])
+    # Not stored where they are what they are by default.
+    message.image_pull_policy = message.image_pull_policy or endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT
+    message.security_profile = message.security_profile or endpoint_pb2.SECURITY_PROFILE_DEFAULT
     return message
 
 
@@ -147,6 +150,7 @@ def replica(
             amount = format_slot(share["slot"], share["amount"])
             shown.devices.add(device=share["device"], slot=share["slot"], amount=amount)
         message.devices.extend(shown.devices)
+    message.enforcement = enforcement.least(k.enforcement for k in message.kernels if k.devices)
     if ordered:
         main = ordered[0]
         status = fleet_pb2.KernelStatus.FromString(main.status)

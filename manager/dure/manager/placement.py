@@ -1,10 +1,7 @@
-"""Placement: which nodes and which devices a session's kernels get, or why they find no place.
+"""Placement: which nodes a session's kernels get, or why they find no place.
 
-Amounts are exact integers (milli-units). One share is one physical GPU. A request of at most one share
-gets one device, the fullest that has room (best fit), and is never split; one above gets
-ceil(request) devices in portions that are equal to within a milli-share and sum to the request exactly.
-`cuda.shares` and `cuda.device` exclude each other on a device. The kernels of a session are placed all or
-none.
+Amounts are exact integers (milli-units). Which devices of a node they get is decided in `devices`. The
+kernels of a session are placed all or none.
 """
 
 from __future__ import annotations
@@ -12,21 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dure.manager.model import DeviceShare, Grant
-from dure.wire.quantities import CPU, DEVICES, MEM, MILLI, SHARES, format_slot, human_slot
+from dure.manager import devices
+from dure.manager.devices import DeviceCapacity
+from dure.manager.model import Grant
+from dure.wire.quantities import CPU, MEM, human_slot
 
 # Ports of sessions of several kernels, at which they find each other: one on main1's node.
 RENDEZVOUS_FIRST, RENDEZVOUS_COUNT = 30_000, 1_000
-
-
-@dataclass(frozen=True)
-class DeviceCapacity:
-    """An accelerator that a node registered, with the slots that it offers."""
-
-    id: str
-    slots: Mapping[str, int]
-    healthy: bool = True
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +38,7 @@ class Node:
     architecture: str = ""
     runs_images: bool = False
     maps_mounts: bool = True
+    runs_strict: bool = False
 
     @property
     def host(self) -> str:
@@ -62,7 +52,8 @@ class Request:
     `peers` counts the replicas of its endpoint that each node has already; `pack` prefers the fullest node to
     the one with the fewest of them. `needs_image` is a session that runs its image's own command,
     `needs_mounts` one for which more than the model folder must appear in its file system. `salt` picks
-    among free rendezvous ports, so that one which cannot be bound is not tried for ever.
+    among free rendezvous ports, so that one which cannot be bound is not tried for ever. `enforcement` is the
+    least that its shares of devices must have, `strict` says why it needs the profile STRICT; empty for any.
     """
 
     slots: Mapping[str, int]
@@ -76,6 +67,8 @@ class Request:
     needs_image: bool = False
     needs_mounts: bool = False
     salt: int = 0
+    enforcement: str = ""
+    strict: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ def _place_on_one(request: Request, group: list[Node]) -> Placed | NoPlace:
             grants.append(found)
             node = fuller(node, found)
         else:
-            candidates.append((_rank(request, node, places[0].grant), node.name, Placed(tuple(places))))
+            candidates.append((_rank(request, node), node.name, Placed(tuple(places))))
     if candidates:
         return min(candidates, key=lambda candidate: candidate[:2])[2]
     return NoPlace(tuple(sorted(refusals, key=lambda refusal: refusal.node)))
@@ -187,7 +180,7 @@ def _place_kernel(
         found = _fit(request, node, grants, main=main)
         if isinstance(found, Grant):
             own = sum(1 for place in session if place.node.uid == node.uid)
-            candidates.append(((own, *_rank(request, node, found)), node.name, Place(found, node)))
+            candidates.append(((own, *_rank(request, fuller(node, found))), node.name, Place(found, node)))
         else:
             refusals.append(Refusal(node.name, found))
     if candidates:
@@ -195,63 +188,16 @@ def _place_kernel(
     return tuple(sorted(refusals, key=lambda refusal: refusal.node))
 
 
-def _rank(request: Request, node: Node, grant: Grant) -> tuple[int, ...]:
-    """Smaller is better."""
-    shares = _free_shares_after(node, grant)
+def _rank(request: Request, node: Node) -> tuple[int, ...]:
+    """Of a node as it would be with the kernel; smaller is better."""
+    shares = devices.free_shares(node.devices, node.grants)
     if request.pack:
         return (shares, _free(node, CPU), _free(node, MEM))
     return (request.peers.get(node.uid, 0), shares, len(node.grants))
 
 
-def portions(shares: int) -> list[int]:
-    """`cuda.shares` of a request, per device: 500 -> [500], 1500 -> [750, 750], 2500 -> [834, 833, 833]."""
-    count = -(-shares // MILLI)
-    base, rest = divmod(shares, count)
-    return [base + 1] * rest + [base] * (count - rest)
-
-
-def free_shares(node: Node) -> dict[str, int]:
-    """Free `cuda.shares` of each healthy device of a node that is not taken as a whole."""
-    return {
-        device.id: free
-        for device in node.devices
-        if device.healthy and SHARES in device.slots
-        for free in [_device_free(node, device)]
-        if free is not None
-    }
-
-
-@dataclass
-class _Held:
-    shares: int = 0
-    whole: bool = field(default=False)
-
-
-def _held(node: Node, device_id: str) -> _Held:
-    held = _Held()
-    for grant in node.grants:
-        for share in grant.devices:
-            if share.device == device_id:
-                if share.slot == DEVICES:
-                    held.whole = True
-                else:
-                    held.shares += share.amount
-    return held
-
-
-def _device_free(node: Node, device: DeviceCapacity) -> int | None:
-    """Free milli-shares, None for a device taken as a whole."""
-    held = _held(node, device.id)
-    return None if held.whole else device.slots.get(SHARES, 0) - held.shares
-
-
 def _free(node: Node, slot: str) -> int:
     return node.slots.get(slot, 0) - sum(grant.slots.get(slot, 0) for grant in node.grants)
-
-
-def _free_shares_after(node: Node, grant: Grant) -> int:
-    taken = sum(share.amount for share in grant.devices)
-    return sum(free_shares(node).values()) - taken
 
 
 def explain(request: Request, nodes: Iterable[Node]) -> list[tuple[str, str]]:
@@ -277,17 +223,14 @@ def _fit(request: Request, node: Node, on_host: Sequence[Grant], *, main: bool) 
         for slot in (CPU, MEM)
         if request.slots.get(slot, 0) > _free(node, slot)
     ]
-    devices: tuple[DeviceShare, ...] | str = ()
-    if SHARES in request.slots:
-        devices = _fit_shares(request.slots[SHARES], node)
-    elif DEVICES in request.slots:
-        devices = _fit_devices(request.slots[DEVICES], node)
-    if isinstance(devices, str):
-        missing.append(devices)
-    if request.fixed_port and any(request.fixed_port == grant.fixed_port for grant in on_host):
+    parts = devices.fit(request.slots, request.enforcement, node.devices, node.grants)
+    if isinstance(parts, str):
+        missing.append(parts)
+    fixed_port = request.fixed_port if _shares_network(request, node) else 0
+    if fixed_port and any(fixed_port == grant.fixed_port for grant in on_host):
         missing.append(
-            f"port {request.fixed_port} is taken on this host by another session; write `{{port}}` instead "
-            f"of {request.fixed_port} in the definition's command, then each session gets its own"
+            f"port {fixed_port} is taken on this host by another session; write `{{port}}` instead of "
+            f"{fixed_port} in the definition's command, then each session gets its own"
         )
     rendezvous_port = 0
     if main and request.size > 1:
@@ -296,9 +239,15 @@ def _fit(request: Request, node: Node, on_host: Sequence[Grant], *, main: bool) 
             missing.append(f"all {RENDEZVOUS_COUNT} rendezvous ports are taken")
     if missing:
         return ", ".join(missing)
-    assert not isinstance(devices, str)
+    assert not isinstance(parts, str)
     plain = {slot: amount for slot, amount in request.slots.items() if slot in (CPU, MEM)}
-    return Grant(node.uid, plain, devices, request.fixed_port, rendezvous_port)
+    return Grant(node.uid, plain, parts, fixed_port, rendezvous_port)
+
+
+def _shares_network(request: Request, node: Node) -> bool:
+    """Whether a number that a command names is one of the node's: a session in images has a network of its
+    own, unless it may span nodes."""
+    return not node.runs_images or (request.several_nodes and request.size > 1)
 
 
 def _unfit(request: Request, node: Node) -> str:
@@ -307,6 +256,8 @@ def _unfit(request: Request, node: Node) -> str:
         return f"its architecture is {node.architecture}, {request.architecture} is wanted"
     if request.needs_image and not node.runs_images:
         return "its back end runs no images, and the image's own command is wanted"
+    if request.strict and not node.runs_strict:
+        return f"its back end cannot do the security profile STRICT, which {request.strict} asks for"
     if (request.needs_mounts or request.size > 1) and not (node.maps_mounts or node.runs_images):
         what = "sessions of several kernels" if request.size > 1 else "extra mounts and shared memory"
         return f"it cannot make mount namespaces, which {what} need"
@@ -325,60 +276,3 @@ def _rendezvous_port(salt: int, taken: set[int]) -> int:
 def _short(slot: str, wanted: int, free: int, capacity: int) -> str:
     of = "" if wanted <= capacity else f", and {human_slot(slot, capacity)} in all"
     return f"{slot}: {human_slot(slot, max(free, 0))} free{of}, {human_slot(slot, wanted)} wanted"
-
-
-def _fit_shares(wanted: int, node: Node) -> tuple[DeviceShare, ...] | str:
-    free = free_shares(node)
-    sizes = portions(wanted)
-    # Best fit: the fullest device that still has room. The largest portions choose first, so equal
-    # portions (they differ by at most one milli-share) cannot take the only device fit for a larger one.
-    left = dict(free)
-    taken: list[DeviceShare] = []
-    for size in sizes:
-        fitting = [(amount, device) for device, amount in left.items() if amount >= size]
-        if not fitting:
-            return _short_shares(wanted, sizes, node, free)
-        _, device = min(fitting)
-        del left[device]
-        taken.append(DeviceShare(device, SHARES, size))
-    return tuple(taken)
-
-
-def _short_shares(wanted: int, sizes: list[int], node: Node, free: dict[str, int]) -> str:
-    want = format_slot(SHARES, wanted)
-    if not any(SHARES in device.slots for device in node.devices):
-        return f"{SHARES}: no GPU, {want} wanted"
-    total = sum(free.values())
-    broken = [device for device in node.devices if not device.healthy]
-    note = f" ({len(broken)} GPU(s) out of order: {broken[0].detail})" if broken else ""
-    pieces = sorted((amount for amount in free.values() if amount > 0), reverse=True)
-    shown = " and ".join(format_slot(SHARES, amount) for amount in pieces[:4])
-    if len(pieces) > 4:
-        shown += f" and {len(pieces) - 4} more"
-    if total >= wanted and len(sizes) == 1:
-        return (
-            f"{SHARES}: fragmented, {format_slot(SHARES, total)} free, but in pieces of {shown}; "
-            f"{want} wanted on one GPU{note}"
-        )
-    if total >= wanted:
-        each = " + ".join(format_slot(SHARES, size) for size in sizes)
-        return f"{SHARES}: {shown or '0.00'} free, {each} wanted on {len(sizes)} GPUs{note}"
-    return f"{SHARES}: {format_slot(SHARES, total)} free, {want} wanted{note}"
-
-
-def _fit_devices(wanted: int, node: Node) -> tuple[DeviceShare, ...] | str:
-    count = wanted // MILLI
-    whole = [
-        device.id
-        for device in node.devices
-        if device.healthy and DEVICES in device.slots and _held(node, device.id) == _Held()
-    ]
-    if len(whole) < count:
-        return f"{DEVICES}: {len(whole)} whole GPUs free, {count} wanted"
-    return tuple(DeviceShare(device, DEVICES, MILLI) for device in sorted(whole)[:count])
-
-
-def held_shares(node: Node, device_id: str) -> int:
-    """Milli-shares of a device that are granted; a device taken as a whole counts as one share."""
-    held = _held(node, device_id)
-    return MILLI if held.whole else held.shares

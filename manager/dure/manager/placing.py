@@ -35,7 +35,18 @@ async def request(
         needs_image=spec["needs_image"],
         needs_mounts=bool(template.extra_mounts) or template.shared_memory_bytes > 0,
         salt=zlib.crc32(salt.encode()),
+        enforcement=template.require_enforcement,
+        strict=_strict(template, group),
     )
+
+
+def _strict(template: fleet_pb2.KernelSpec, group: schema.ResourceGroup | None) -> str:
+    """Who asks for the profile STRICT, for people; empty if nobody does."""
+    if template.security_profile == fleet_pb2.SECURITY_PROFILE_STRICT:
+        return "the endpoint"
+    if group is not None and group.security_profile == "STRICT":
+        return f"the resource group `{group.name}`"
+    return ""
 
 
 def peers(kernels: Iterable[schema.Kernel]) -> dict[str, int]:
@@ -47,7 +58,7 @@ def peers(kernels: Iterable[schema.Kernel]) -> dict[str, int]:
     return counts
 
 
-def kernels(replica: schema.Replica, placed: Placed) -> list[schema.Kernel]:
+def kernels(replica: schema.Replica, placed: Placed, request: Request) -> list[schema.Kernel]:
     """Rows of a session's kernels at the places that were found; main1 first."""
     return [
         schema.Kernel(
@@ -62,6 +73,7 @@ def kernels(replica: schema.Replica, placed: Placed) -> list[schema.Kernel]:
             wanted=True,
             slots=dict(place.grant.slots),
             devices=[{"device": d.device, "slot": d.slot, "amount": d.amount} for d in place.grant.devices],
+            strict=bool(request.strict),
             fixed_port=place.grant.fixed_port,
             rendezvous_port=place.grant.rendezvous_port,
             phase=KernelPhase.ASSIGNED.value,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import grpc.aio
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
 
 from dure.manager import auth, checks, messages, quota, schema, scope, usage
@@ -114,6 +114,7 @@ class ProjectApi(project_pb2_grpc.ProjectServiceServicer):
                 select(schema.ApiKey).where(schema.ApiKey.project_uid == row.uid)
             ):
                 await tx.session.delete(key)
+            await tx.session.execute(delete(schema.Registry).where(schema.Registry.project_uid == row.uid))
             await tx.session.delete(row)
         self._gatekeeper.forget()
         return project_pb2.DeleteProjectResponse()

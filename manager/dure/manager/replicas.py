@@ -44,8 +44,9 @@ DRAIN_GRACE_MS = 30_000
 LOST_KEEP_MS = 60_000
 # Replicas are made in steps, so that no transaction grows without bound.
 CREATE_MAX = 50
-# Exits that say nothing about the replica's own command.
-_INFRASTRUCTURE = frozenset({"NODE_REBOOTED", "LOST"})
+# Exits that say nothing about the replica's own command. One that used more than its share, whose image
+# cannot be had, or for which less is enforced than it requires, ended by what it asked for: that counts.
+_INFRASTRUCTURE = frozenset({"NODE_REBOOTED", "LOST", "DEVICE_LOST"})
 
 
 def status_of(replica: ReplicaView) -> ReplicaStatus:

@@ -37,11 +37,15 @@ _SHAPES = (
     "asked", "folder", "resource_group", "slots", "cluster_mode", "cluster_size", "architecture",
     "needs_image",
 )  # fmt: skip
+_PULL_POLICIES = {
+    endpoint_pb2.IMAGE_PULL_POLICY_ALWAYS: fleet_pb2.IMAGE_PULL_POLICY_ALWAYS,
+    endpoint_pb2.IMAGE_PULL_POLICY_NEVER: fleet_pb2.IMAGE_PULL_POLICY_NEVER,
+}
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A revision that is right, not yet stored. `asked` is canonical and whole: fields 10 to 28."""
+    """A revision that is right, not yet stored. `asked` is canonical and whole: fields 10 to 49."""
 
     asked: endpoint_pb2.Endpoint
     folder_uids: tuple[str, ...]
@@ -136,6 +140,7 @@ async def draft(
     )
     needs_image = not runtimes.has_command(kernel.command)
     _check_image(image, slots, asked.runtime, needs_image, violations)
+    fields.check_enforcement(asked.require_enforcement, slots, violations)
     shared_memory = quantities.parse_slot(MEM, asked.shared_memory) // 1000 if asked.shared_memory else 0
     shared_memory = shared_memory or (preset.shared_memory if preset is not None else 0)
     if shared_memory * 1000 > slots[MEM]:
@@ -152,6 +157,12 @@ async def draft(
     kernel.extra_mounts.extend(mounts)
     kernel.shared_memory_bytes = shared_memory
     kernel.image = image.reference
+    kernel.require_enforcement = asked.require_enforcement
+    # Defaults are left out: a revision from before there were such settings is still the same.
+    if asked.image_pull_policy != endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT:
+        kernel.image_pull_policy = _PULL_POLICIES[asked.image_pull_policy]
+    if asked.security_profile != endpoint_pb2.SECURITY_PROFILE_DEFAULT:
+        kernel.security_profile = fleet_pb2.SECURITY_PROFILE_STRICT
     for name, value in environ.items():
         kernel.environ[name] = value
     resolved = _resolved(kernel, slots, environ, image, files.path)
@@ -187,7 +198,7 @@ def policy_dict(endpoint: endpoint_pb2.Endpoint) -> dict[str, Any]:
 
 
 def asked(row: schema.Endpoint, revision: schema.Revision) -> endpoint_pb2.Endpoint:
-    """What the user asked for so far: fields 10 to 28, the model by its bare name."""
+    """What the user asked for so far: fields 10 to 49, the model by its bare name."""
     wanted = json_format.ParseDict(revision.spec["asked"], endpoint_pb2.Endpoint())
     wanted.replica_count, wanted.open_to_public = row.replica_count, row.open_to_public
     wanted.priority, wanted.metrics_path = row.priority, row.metrics_path
@@ -225,6 +236,8 @@ def _checked(wanted: endpoint_pb2.Endpoint, violations: list[Violation]) -> endp
     fields.scale_to_zero_ms(wanted, violations)
     asked.metrics_path = fields.metrics_path(wanted, violations)
     fields.image(wanted, violations)
+    fields.containers(wanted, violations)
+    asked.require_enforcement = fields.require_enforcement(wanted, violations)
     violations += runtimes.check_override(wanted.service)
     fields.check_environ(wanted.environ, violations)
     wrong = names.check_id(asked.resource_group, names.MEMBER_ID, "endpoint.resource_group")
@@ -308,4 +321,8 @@ def _shaping(asked: endpoint_pb2.Endpoint) -> endpoint_pb2.Endpoint:
     shaping.CopyFrom(asked)
     for name in changes.UNSHAPED:
         shaping.ClearField(name)  # type: ignore[arg-type]
+    if shaping.image_pull_policy == endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT:
+        shaping.ClearField("image_pull_policy")
+    if shaping.security_profile == endpoint_pb2.SECURITY_PROFILE_DEFAULT:
+        shaping.ClearField("security_profile")
     return shaping

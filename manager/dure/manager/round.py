@@ -16,7 +16,7 @@ from dure.manager.model import (
     RolloutState,
     Surroundings,
 )
-from dure.manager.placement import Node, Placed, fuller, place
+from dure.manager.placement import Node, Placed, Request, fuller, place
 from dure.manager.plan import Move, Plan
 from dure.manager.replicas import reconcile
 from dure.manager.routed import Facts
@@ -216,7 +216,7 @@ class Round:
                     nodes[group] = await views.nodes(session, group, self.fleet.statuses())
                 placed = place(request, nodes[group])
                 if isinstance(placed, Placed):
-                    self._grant(row, placed)
+                    self._grant(row, placed, request)
                     main = placed.kernels[0].node.uid
                     peers[main] = peers.get(main, 0) + 1
                     for kernel in placed.kernels:
@@ -230,8 +230,8 @@ class Round:
                 if row is waiting[0]:
                     self.tx.event(self.row.uid, "REPLICA_PENDING", row.reason, replica=row.uid)
 
-    def _grant(self, row: schema.Replica, placed: Placed) -> None:
-        kernels = placing.kernels(row, placed)
+    def _grant(self, row: schema.Replica, placed: Placed, request: Request) -> None:
+        kernels = placing.kernels(row, placed, request)
         if len(kernels) > 1:
             row.ssh_key = placing.new_ssh_key()
         self.tx.session.add_all(kernels)

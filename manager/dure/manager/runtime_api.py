@@ -19,7 +19,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 RUNTIMES_MAX = 1000
 _UPDATABLE = (
     "title", "start_command", "port", "health_check", "reads_model_definition", "environ", "resource_slots",
-    "flags", "gpu_fraction_flag",
+    "flags", "gpu_fraction_flag", "serial_start",
 )  # fmt: skip
 
 

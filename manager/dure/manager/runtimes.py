@@ -127,6 +127,7 @@ def launch(
         kernel.port = runtime.port
         if runtime.HasField("health_check"):
             kernel.health_check.CopyFrom(from_runtime(runtime.health_check))
+    kernel.serial_start = runtime.serial_start
     runtime_id = runtime.name.rsplit("/", 1)[-1]
     if override.HasField("start_command"):
         _set_command(kernel.command, override.start_command)
@@ -209,8 +210,10 @@ def _add_flags(command: fleet_pb2.Command, words: list[str]) -> None:
 
 
 def _add_fraction(command: fleet_pb2.Command, flag: str, slots: Mapping[str, int]) -> None:
-    """A framework takes the whole device unless told otherwise: it gets the granted part of one."""
-    share = slots.get(SHARES, 0)
+    """A framework takes whole devices unless told otherwise: it gets the granted part of each. Portions of
+    more than one share are equal to within a milli-share."""
+    wanted = slots.get(SHARES, 0)
+    share = wanted // -(-wanted // MILLI) if wanted else 0
     if not flag or not 0 < share < MILLI:
         return
     words = list(command.argv.args) or re.split(r"[\s;|&'\"]+", command.shell.line)

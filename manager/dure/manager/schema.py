@@ -100,7 +100,8 @@ class AuditRecord(Base):
 
 
 class ResourceGroup(Base):
-    """A set of agents. `policy` is SPREAD or PACK; `allowed_projects` has uids, empty for all projects.
+    """A set of agents. `policy` is SPREAD or PACK; `allowed_projects` has uids, empty for all projects;
+    `security_profile` is the least of its kernels, DEFAULT or STRICT.
 
     A group that an agent names and nobody made appears by itself, open to all projects.
     """
@@ -112,6 +113,7 @@ class ResourceGroup(Base):
     proxy_group: Mapped[str] = mapped_column(String(64))
     description: Mapped[str]
     created_ms: Mapped[int]
+    security_profile: Mapped[str] = mapped_column(String(16), server_default="DEFAULT")
 
 
 class Preset(Base):
@@ -190,6 +192,18 @@ class Folder(Base):
     name: Mapped[str] = mapped_column(String(64))
     usage: Mapped[str] = mapped_column(String(16))
     created_ms: Mapped[int]
+
+
+class Registry(Base):
+    """With what images of a registry are fetched for a project. `password` is sealed (see `sealing`)."""
+
+    __tablename__ = "registries"
+    project_uid: Mapped[str] = mapped_column(String(36), primary_key=True)
+    host: Mapped[str] = mapped_column(String(128), primary_key=True)
+    username: Mapped[str]
+    password: Mapped[bytes] = mapped_column(LargeBinary)
+    created_ms: Mapped[int]
+    updated_ms: Mapped[int]
 
 
 class Endpoint(Base):
@@ -352,6 +366,8 @@ class Kernel(Base):
     wanted: Mapped[bool] = mapped_column(Boolean)
     slots: Mapped[dict[str, Any]]
     devices: Mapped[list[Any]]
+    # Whether it runs with the profile STRICT: as endpoint and resource group said when it was placed.
+    strict: Mapped[bool] = mapped_column(Boolean, server_default=false())
     fixed_port: Mapped[int]
     rendezvous_port: Mapped[int] = mapped_column(server_default="0")
     phase: Mapped[str] = mapped_column(String(16))

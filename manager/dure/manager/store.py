@@ -25,7 +25,8 @@ from dure.manager import driver, schema
 from dure.wire import names
 from dure.wire.prometheus import Histogram
 
-Kind = Literal["endpoint", "agent", "proxy", "folder"]
+# `progress` of an endpoint is told and not kept: see Store.tell.
+Kind = Literal["endpoint", "agent", "proxy", "folder", "progress"]
 Key = tuple[Kind, str]
 # Revisions kept for watches that resume; a tail that fell behind further starts over.
 CHANGES_KEPT = 20_000
@@ -100,6 +101,11 @@ class Store:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def tell(self, keys: list[Key]) -> None:
+        """Tells listeners of what is not in the store, and so in no revision."""
+        for listener in list(self._listeners):
+            listener(self.revision, keys)
+
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         """A consistent snapshot."""
@@ -125,8 +131,7 @@ class Store:
                 await session.commit()
             if tx.touched:
                 self.revision = revision
-                for listener in list(self._listeners):
-                    listener(revision, list(tx.touched))
+                self.tell(list(tx.touched))
         finally:
             self._write_lock.release()
             self.turns.observe(time.monotonic() - began_s)

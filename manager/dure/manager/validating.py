@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc.aio
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.manager import messages, placement, placing, revisions, schema, scope, views
 from dure.manager.explaining import needs
@@ -22,8 +23,10 @@ from dure.manager.folders import Folders
 from dure.manager.log_reader import LogReader
 from dure.manager.model import EndpointStatus, ReplicaStatus
 from dure.manager.placement import Placed
+from dure.manager.pulls import Pulls
 from dure.manager.revising import Revising
-from dure.manager.store import Store, new_uid, now_ms
+from dure.manager.showing import shown_replicas
+from dure.manager.store import Key, Store, new_uid, now_ms
 from dure.v1 import endpoint_pb2
 from dure.v1.endpoint_pb2 import ValidateEndpointResponse, ValidationOutcome
 from dure.wire import errors, names
@@ -46,13 +49,20 @@ class Validating:
     """Serves validations."""
 
     def __init__(
-        self, store: Store, fleet: Fleet, folders: Folders, revising: Revising, log_reader: LogReader
+        self,
+        store: Store,
+        fleet: Fleet,
+        folders: Folders,
+        revising: Revising,
+        log_reader: LogReader,
+        pulls: Pulls,
     ) -> None:
         self._store = store
         self._fleet = fleet
         self._folders = folders
         self._revising = revising
         self._log_reader = log_reader
+        self._pulls = pulls
         self._open = 0
 
     async def clean_up(self) -> None:
@@ -129,9 +139,10 @@ class Validating:
     async def _follow(
         self, row: schema.Endpoint, project: str, context: Context, sending: asyncio.Lock
     ) -> ValidationOutcome:
-        """Sends events until the session is healthy or has failed."""
+        """Sends events, and how far images are, until the session is healthy or has failed."""
         seen = ""
-        async for _ in self._changes():
+        pulling: dict[str, endpoint_pb2.Kernel] = {}
+        async for _ in self._changes(row.uid):
             async with self._store.read() as session:
                 events = list(
                     await session.scalars(
@@ -148,20 +159,47 @@ class Validating:
                         .order_by(schema.Replica.uid)
                     )
                 )
+                kernels = await self._pulling(session, project, row, replicas)
             for event in events:
                 seen = event.uid
                 message = messages.event(event, project, row.name)
                 async with sending:
                     await _send(context, ValidateEndpointResponse(event=message))
+            for kernel in _news(pulling, kernels):
+                async with sending:
+                    await _send(context, ValidateEndpointResponse(kernel=kernel))
+            pulling = kernels
             outcome = _outcome(current, replicas)
             if outcome is not None:
                 return outcome
         raise AssertionError("changes do not end")
 
-    async def _changes(self) -> AsyncIterator[None]:
-        """Comes back whenever the store has changed, and now and then."""
+    async def _pulling(
+        self,
+        session: AsyncSession,
+        project: str,
+        row: schema.Endpoint,
+        replicas: list[schema.Replica],
+    ) -> dict[str, endpoint_pb2.Kernel]:
+        """Kernels whose image is being fetched, by uid."""
+        replicas_shown = await shown_replicas(session, project, row, replicas)
+        self._pulls.show(replicas_shown)
+        return {
+            kernel.uid: kernel
+            for replica in replicas_shown
+            for kernel in replica.kernels
+            if kernel.HasField("pull")
+        }
+
+    async def _changes(self, uid: str) -> AsyncIterator[None]:
+        """Comes back whenever the store has changed, an image of this endpoint moved on, and now and then."""
         changed = asyncio.Event()
-        unlisten = self._store.listen(lambda _revision, _keys: changed.set())
+
+        def listen(_revision: int, keys: list[Key]) -> None:
+            if any(key == ("progress", uid) or key[0] != "progress" for key in keys):
+                changed.set()
+
+        unlisten = self._store.listen(listen)
         try:
             while True:
                 changed.clear()
@@ -204,6 +242,19 @@ class Validating:
             row.deleting, row.updated_ms = True, now_ms()
             row.status = EndpointStatus.TERMINATING.value
             tx.touch("endpoint", uid)
+
+
+def _news(
+    before: dict[str, endpoint_pb2.Kernel], after: dict[str, endpoint_pb2.Kernel]
+) -> list[endpoint_pb2.Kernel]:
+    """Kernels of which the fetching moved on; without `pull` those of which it ended."""
+    news = [kernel for uid, kernel in after.items() if before.get(uid) != kernel]
+    for uid in before.keys() - after.keys():
+        ended = endpoint_pb2.Kernel()
+        ended.CopyFrom(before[uid])
+        ended.ClearField("pull")
+        news.append(ended)
+    return news
 
 
 def _outcome(row: schema.Endpoint, replicas: list[schema.Replica]) -> ValidationOutcome | None:

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.fleet.v1 import fleet_pb2
 from dure.manager import rollout, schema
+from dure.manager.devices import DeviceCapacity
 from dure.manager.model import (
     AgentStatus,
     DeviceShare,
@@ -21,7 +22,7 @@ from dure.manager.model import (
     ReplicaStatus,
     ReplicaView,
 )
-from dure.manager.placement import DeviceCapacity, Node
+from dure.manager.placement import Node
 
 
 def endpoint_view(row: schema.Endpoint) -> EndpointView:
@@ -95,7 +96,15 @@ def node(
         resource_group=row.resource_group,
         slots=dict(hello.slots),
         devices=[
-            DeviceCapacity(device.id, dict(device.slots), device.healthy, device.detail)
+            DeviceCapacity(
+                id=device.id,
+                slots=dict(device.slots),
+                healthy=device.healthy,
+                detail=device.detail,
+                parent=device.parent,
+                enforcement=device.enforcement,
+                distances={peer.id: peer.distance for peer in device.peers},
+            )
             for device in hello.devices
         ],
         grants=[grant(kernel) for kernel in kernels],
@@ -105,6 +114,7 @@ def node(
         architecture=hello.architecture,
         runs_images=hello.runs_images,
         maps_mounts=hello.maps_mounts,
+        runs_strict=fleet_pb2.SECURITY_PROFILE_STRICT in hello.security_profiles,
     )
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dure.manager import schema, scope
-from dure.manager.store import Store
+from dure.manager.store import Key, Store
 from dure.v1 import endpoint_pb2
 from dure.wire import errors, names
 
@@ -38,18 +38,13 @@ class Watcher:
         """Until the caller hangs up. Raises Compacted if `resume_after` is no longer kept."""
         if self._open >= WATCHES_MAX:
             raise errors.ResourceExhausted(f"{WATCHES_MAX} watches are open; close some")
-        wake = asyncio.Event()
-        unlisten = self._store.listen(lambda _revision, _keys: wake.set())
         self._open += 1
         try:
-            await self._serve(request, context, shown, wake)
+            await self._serve(request, context, shown)
         finally:
             self._open -= 1
-            unlisten()
 
-    async def _serve(
-        self, request: endpoint_pb2.WatchEndpointsRequest, context: Any, shown: Shown, wake: asyncio.Event
-    ) -> None:
+    async def _serve(self, request: endpoint_pb2.WatchEndpointsRequest, context: Any, shown: Shown) -> None:
         one = "/endpoints/" in request.name
         async with self._store.read() as session:
             if one:
@@ -57,6 +52,32 @@ class Watcher:
                 only: str | None = row.uid
             else:
                 project, only = await scope.project(session, request.name, "name"), None
+        wake, moved = asyncio.Event(), asyncio.Event()
+
+        def listen(_revision: int, keys: list[Key]) -> None:
+            # Progress is in no revision, and a watch of a whole project, without replicas, does not show it.
+            if ("progress", only) in keys:
+                moved.set()
+            if moved.is_set() or any(kind != "progress" for kind, _ in keys):
+                wake.set()
+
+        unlisten = self._store.listen(listen)
+        try:
+            await self._follow(request, context, shown, project, only, wake, moved)
+        finally:
+            unlisten()
+
+    async def _follow(
+        self,
+        request: endpoint_pb2.WatchEndpointsRequest,
+        context: Any,
+        shown: Shown,
+        project: schema.Project,
+        only: str | None,
+        wake: asyncio.Event,
+        moved: asyncio.Event,
+    ) -> None:
+        one = only is not None
         position = request.resume_after
         if position > self._store.revision:
             raise errors.Compacted("resume_after is from another store; start over with 0")
@@ -73,6 +94,9 @@ class Watcher:
                     "the revisions after resume_after are no longer kept; start over with 0"
                 )
             uids = [uid for uid in uids if only is None or uid == only]
+            if only is not None and moved.is_set() and only not in uids:
+                uids.append(only)
+            moved.clear()
             # One that resumes hears at once that it is up to date, even if nothing happened.
             if uids or news:
                 await self._send(context, project, uids, newest, shown, one)

@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -66,6 +67,11 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         self.streams = 0
         self.complete_reports = 0
         self.heartbeats = 0
+        # When each came, by the monotonic clock.
+        self.beats_s: list[float] = []
+        # The newest that was said of the node's devices, by id, and of what it lacks.
+        self.devices: dict[str, fleet_pb2.Device] = {}
+        self.limitations: list[str] = []
         # What was measured, newest last.
         self.rounds: list[fleet_pb2.Measurements] = []
         self.acknowledge = True
@@ -118,6 +124,7 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
             kind = request.WhichOneof("message")
             if kind == "hello":
                 self.hello = request.hello
+                self._take_devices(request.hello)
                 self.statuses.clear()
                 welcome = fleet_pb2.Welcome(
                     agent_uid="agent-uid",
@@ -135,12 +142,19 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
             elif kind == "measurements":
                 self.rounds.append(request.measurements)
                 del self.rounds[:-200]
+            elif kind == "devices_changed":
+                self._take_devices(request.devices_changed)
             else:
                 self.heartbeats += 1
+                self.beats_s.append(time.monotonic())
                 if self.acknowledge:
                     ack = fleet_pb2.HeartbeatAck(sequence=request.heartbeat.sequence)
                     outbox.put_nowait(fleet_pb2.ConnectResponse(heartbeat_ack=ack))
             self._changed.set()
+
+    def _take_devices(self, said) -> None:
+        self.devices = {device.id: device for device in said.devices}
+        self.limitations = list(said.limitations)
 
     async def SendLogs(self, requests, context):
         answer: Answer | None = None

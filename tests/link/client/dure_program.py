@@ -51,10 +51,12 @@ class Dure:
             "DURE_CONTEXT_FILE": str(context),
         }
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(
+        self, *arguments: str, stdin: int = asyncio.subprocess.DEVNULL
+    ) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "dure.client.cli.main", *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self.environ,
@@ -64,6 +66,11 @@ class Dure:
     async def __call__(self, *arguments: str) -> Ran:
         return await finish(await self.start(*arguments))
 
+    async def fed(self, content: bytes, *arguments: str) -> Ran:
+        """With something on its stdin."""
+        process = await self.start(*arguments, stdin=asyncio.subprocess.PIPE)
+        return await finish(process, content)
+
     async def ok(self, *arguments: str) -> Ran:
         ran = await self(*arguments)
         assert ran.code == 0, ran
@@ -71,8 +78,8 @@ class Dure:
         return ran
 
 
-async def finish(process: asyncio.subprocess.Process) -> Ran:
-    out, err = await process.communicate()
+async def finish(process: asyncio.subprocess.Process, content: bytes | None = None) -> Ran:
+    out, err = await process.communicate(content)
     assert process.returncode is not None
     text = err.decode()
     assert "Traceback" not in text, text

@@ -13,6 +13,7 @@ import grpc.aio
 from link.client.fake_agents import Admin, Agents
 from link.client.fake_endpoints import Endpoints
 from link.client.fake_folders import Folders, Tokens
+from link.client.fake_registries import Registries
 from link.client.fake_scaling import Scaling
 from link.client.fake_state import KEY, FakeManager, until
 
@@ -22,6 +23,7 @@ from dure.v1 import (
     agent_pb2_grpc,
     endpoint_pb2_grpc,
     folder_pb2_grpc,
+    registry_pb2_grpc,
     scaling_pb2_grpc,
     token_pb2_grpc,
 )
@@ -38,6 +40,7 @@ async def fake_manager(port: int = 0, fake: FakeManager | None = None) -> AsyncI
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(Endpoints(fake), server)
     folder_pb2_grpc.add_FolderServiceServicer_to_server(Folders(fake), server)
     token_pb2_grpc.add_TokenServiceServicer_to_server(Tokens(fake), server)
+    registry_pb2_grpc.add_RegistryServiceServicer_to_server(Registries(fake), server)
     agent_pb2_grpc.add_AgentServiceServicer_to_server(Agents(fake), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(fake), server)
     scaling_pb2_grpc.add_ScalingServiceServicer_to_server(Scaling(fake), server)

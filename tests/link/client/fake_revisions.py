@@ -27,6 +27,8 @@ def canonical(endpoint: Endpoint, project: str) -> None:
     endpoint.priority = endpoint.priority or 10
     endpoint.cluster_size = endpoint.cluster_size or 1
     endpoint.cluster_mode = endpoint.cluster_mode or endpoint_pb2.CLUSTER_MODE_SINGLE_NODE
+    endpoint.image_pull_policy = endpoint.image_pull_policy or endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT
+    endpoint.security_profile = endpoint.security_profile or endpoint_pb2.SECURITY_PROFILE_DEFAULT
     slots = parse_slots(endpoint.resource_slots, "endpoint.resource_slots")
     for slot, milli in slots.items():
         endpoint.resource_slots[slot] = format_slot(slot, milli)

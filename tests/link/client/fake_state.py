@@ -12,7 +12,7 @@ import grpc
 from grpc_status import rpc_status
 
 from dure.client.context import Context
-from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2, folder_pb2, scaling_pb2, token_pb2
+from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2, folder_pb2, registry_pb2, scaling_pb2, token_pb2
 from dure.wire import names
 from dure.wire.errors import DureError, Unauthenticated, to_status
 
@@ -53,6 +53,7 @@ class FakeManager:
         self.requests: dict[str, str] = {}
         self.folders: dict[str, folder_pb2.Folder] = {}
         self.files: dict[str, dict[str, tuple[folder_pb2.File, bytes]]] = {}
+        self.registries: dict[str, registry_pb2.Registry] = {}
         self.tokens: dict[str, token_pb2.Token] = {}
         self.agents: list[agent_pb2.Agent] = []
         self.rules: dict[str, dict[str, scaling_pb2.ScalingRule]] = {}

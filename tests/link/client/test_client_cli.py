@@ -252,10 +252,17 @@ def test_tokens_agents_and_join_tokens(tmp_path: Path) -> None:
         agent.devices.add(
             id="SIM-0", model="simulated", accelerator="simulated", healthy=True, memory_bytes=2**30
         )
+        agent.devices.add(
+            id="MIG-1", parent="GPU-1", model="A100", healthy=True, enforcement="mig", used_shares="0.40",
+            shares="0.42", numa_node=1,
+        )  # fmt: skip
         fake.agents.append(agent)
         assert "0.25/2.00" in (await dure.ok("agent", "list")).out
         described = (await dure.ok("agent", "get", "n1")).out
         assert "no cgroup" in described and "SIMULATED" in described
+        assert "MIG-1 (part of GPU-1)" in described and "0.40/0.42" in described and "mig" in described
+        wide = (await dure.ok("agent", "list", "-o", "wide")).out
+        assert "ENFORCES" in wide and "mig" in wide
         assert (await dure.ok("agent", "list", "-o", "json")).json["agents"]
         join = await dure.ok("join-token", "create", "agent", "--ttl", "90s")
         assert join.out == f"DURE_JOIN_TOKEN=dure_join_token dure agent --manager {fake.address}\n"

@@ -30,6 +30,7 @@ def test_create_with_every_setting(tmp_path: Path) -> None:
             "endpoint create chat --model m --runtime vllm --replicas 2 -r cpu=2 --preset small --shm 1g "
             "--env-file env -e A=b=c --public --group gpu --image server:1 --architecture aarch64 "
             "--mount data --mount words/en:/words:rw --mount-destination /m --definition d.yaml "
+            "--pull-policy always --profile strict --require-enforcement mps "
             "--cluster-mode multi-node --cluster-size 3 --priority 7 --port 9000 --health-path /up "
             "--health-interval 2s --health-delay 0 --health-early --health-retries 3 --health-status 204 "
             "--canary 10:60s,50 --max-surge 50% --max-unavailable 1 --progress-deadline 9s --no-auto-rollback"
@@ -46,6 +47,9 @@ def test_create_with_every_setting(tmp_path: Path) -> None:
         assert (item.open_to_public, item.resource_group, item.image) == (True, "gpu", "server:1")
         assert (item.architecture, item.model_mount_destination) == ("aarch64", "/m")
         assert (item.model_definition_path, item.priority, item.cluster_size) == ("d.yaml", 7, 3)
+        assert item.image_pull_policy == endpoint_pb2.IMAGE_PULL_POLICY_ALWAYS
+        assert item.security_profile == endpoint_pb2.SECURITY_PROFILE_STRICT
+        assert item.require_enforcement == "mps"
         assert item.cluster_mode == endpoint_pb2.CLUSTER_MODE_MULTI_NODE
         first, second = item.extra_mounts
         assert (first.folder, first.target, first.writable) == ("data", "/home/work/data", False)

@@ -65,6 +65,8 @@ class Names:
             case "ScalingService":
                 parent = project if name == "GetMeasurements" else endpoint
                 resource = endpoint if name == "ExplainScaling" else f"{endpoint}/rules/{self.rule}"
+            case "RegistryService":
+                parent, resource = project, f"{project}/registries/example.com"
             case "ProjectService":
                 parent, resource = project, project
             case "UserService":
@@ -80,7 +82,7 @@ class Names:
             if field.name.endswith("_id") and field.name != "request_id":
                 setattr(request, field.name, "made")
             kind = field.message_type
-            if name.startswith("Update") and kind is not None and "name" in kind.fields_by_name:
+            if name.startswith(("Update", "Set")) and kind is not None and "name" in kind.fields_by_name:
                 getattr(request, field.name).name = resource
         if "update_mask" in fields:
             paths = {"EndpointService": "priority", "ScalingService": "threshold"}
@@ -92,6 +94,8 @@ class Names:
                     request.dry_run = True
             case "UpdateEndpoint":
                 request.endpoint.priority = 20
+            case "SetRegistry":
+                request.registry.username, request.registry.password = "u", "p"
             case "CreateFolder":
                 request.folder.usage = folder_pb2.FOLDER_USAGE_DATA
             case "UploadFile":
@@ -141,6 +145,7 @@ async def everything_of(client: Client) -> Any:
         [file async for file in client.folders.ls("m")],
         [token async for token in client.tokens.list("e")],
         [rule async for rule in client.rules.list("e")],
+        [registry async for registry in client.registries.list()],
         await client.projects.get(),
     )
 
@@ -186,6 +191,7 @@ class World:
                 token = await client.tokens.create("e", timedelta(hours=1), "label")
                 self.token_b = token.uid
                 await client.rules.put("e", RULE, "r")
+                await client.registries.set("example.com", "user", "password")
 
     async def call(self, path: str, request: Message, who: str | None) -> tuple[grpc.StatusCode, str]:
         async with open_channel(self.running.address) as channel:

@@ -13,6 +13,7 @@ from dure.client import Client
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.v1 import admin_pb2, endpoint_pb2
 from dure.v1.catalog_pb2 import PLACEMENT_POLICY_PACK, PLACEMENT_POLICY_SPREAD
+from dure.v1.endpoint_pb2 import SECURITY_PROFILE_DEFAULT, SECURITY_PROFILE_STRICT
 from dure.v1.project_pb2 import ROLE_MEMBER
 from dure.wire import errors
 from dure.wire.channel import bearer, open_channel
@@ -49,6 +50,11 @@ def test_a_group_of_ones_own_is_hidden_from_others(tmp_path: Path) -> None:
         changed = await admin.groups.update("big", policy=PLACEMENT_POLICY_SPREAD, allowed_projects=[])
         assert (changed.policy, len(changed.allowed_projects)) == (PLACEMENT_POLICY_SPREAD, 0)
         assert changed.description == "GPUs"
+        assert changed.security_profile == SECURITY_PROFILE_DEFAULT
+        changed = await admin.groups.update("big", security_profile=SECURITY_PROFILE_STRICT)
+        assert (changed.security_profile, changed.description) == (SECURITY_PROFILE_STRICT, "GPUs")
+        with pytest.raises(errors.InvalidInput, match="must be DEFAULT or STRICT"):
+            await admin.groups.update("big", security_profile=7)  # type: ignore[arg-type]
 
     with_inside(tmp_path, body)
 

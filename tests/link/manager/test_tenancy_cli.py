@@ -143,7 +143,9 @@ def test_keys(tmp_path: Path) -> None:
 
 def test_the_catalog(tmp_path: Path) -> None:
     async def body(dure: Dure) -> None:
-        await dure.ok("group", "create", "big", "--policy", "pack", "--allow", "default")
+        await dure.ok(
+            "group", "create", "big", "--policy", "pack", "--allow", "default", "--profile", "strict"
+        )
         await dure.ok(
             "preset", "create", "small", "-r", "cpu=1", "-r", "mem=2g", "--shm", "1g", "--group", "big"
         )
@@ -156,6 +158,7 @@ def test_the_catalog(tmp_path: Path) -> None:
             dure.ok("image", "update", "server", "--all-runtimes", "--architecture", "aarch64", "-o", "json"),
         )
         assert (group.json["policy"], group.json["allowed_projects"]) == ("PACK", [])
+        assert group.json["security_profile"] == "STRICT", "what was not said stays"
         assert preset.json["resource_slots"] == {"cpu": "2"}
         assert (image.json["runtimes"], image.json["architecture"]) == ([], "aarch64")
         groups, presets, images, one = await asyncio.gather(

@@ -15,6 +15,7 @@ from dure.fleet.v1 import fleet_pb2
 from dure.manager import messages, schema
 from dure.manager import store as module
 from dure.manager.store import Store
+from dure.v1 import endpoint_pb2
 
 KERNEL = fleet_pb2.KernelSpec(port=8000, health_check=fleet_pb2.HealthCheck(path="/health"))
 KERNEL.command.argv.args.extend(["serve", "{port}"])
@@ -70,6 +71,11 @@ def test_an_endpoint_is_shown_as_it_runs(tmp_path: Path) -> None:
         finally:
             await store.close()
         assert (shown.model, shown.resource_slots["mem"]) == ("projects/default/folders/m", str(128 * 2**20))
+        assert shown.image_pull_policy == endpoint_pb2.IMAGE_PULL_POLICY_IF_NOT_PRESENT
+        assert (shown.security_profile, shown.require_enforcement) == (
+            endpoint_pb2.SECURITY_PROFILE_DEFAULT,
+            "",
+        )
         assert list(shown.resolved.start_command.args) == ["serve", "{port}"]
         assert (shown.resolved.port, shown.resolved.health_check_path) == (8000, "/health")
         assert (shown.revision, shown.stable_revision) == (1, 1)

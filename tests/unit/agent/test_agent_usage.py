@@ -77,3 +77,9 @@ def test_a_device_that_does_not_tell_leaves_its_numbers_out() -> None:
     uses = {"GPU-1": DeviceUse(None, {1: GIB}), "GPU-2": DeviceUse({1: 5.0}, {})}
     assert device_values(grants, uses, {1}) == {"cuda_mem": GIB, "cuda_mem_util": 100 / 160}
     assert device_values([], uses, {1}) == {}
+
+
+def test_a_part_of_a_gpu_is_granted_as_a_whole() -> None:
+    uses = {"MIG-1": DeviceUse(None, {7: 5 * GIB})}
+    grants = [Grant("MIG-1", 100, 10 * GIB, is_whole=True)]
+    assert device_values(grants, uses, {7}) == {"cuda_mem": 5 * GIB, "cuda_mem_util": 50}

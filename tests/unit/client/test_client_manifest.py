@@ -35,6 +35,9 @@ environ:
   PORTS: 8000
 image: server:1
 architecture: x86_64
+image_pull_policy: ALWAYS
+security_profile: strict
+require_enforcement: mps
 model_mount_destination: /data/model
 model_definition_path: other.yaml
 extra_mounts:
@@ -98,6 +101,9 @@ def test_every_key_arrives() -> None:
     assert (first.folder, first.target, first.subpath, first.writable) == ("cache", "/cache", "a/b", True)
     assert (second.folder, second.writable) == ("words", False)
     assert (wanted.cluster_mode, wanted.cluster_size) == (endpoint_pb2.CLUSTER_MODE_MULTI_NODE, 2)
+    assert wanted.image_pull_policy == endpoint_pb2.IMAGE_PULL_POLICY_ALWAYS
+    assert wanted.security_profile == endpoint_pb2.SECURITY_PROFILE_STRICT
+    assert wanted.require_enforcement == "mps"
     assert list(wanted.service.start_command.args) == ["serve", "--port", "{port}", "3"]
     check = wanted.service.health_check
     assert (check.path, check.max_retries, check.expected_status_code) == ("/up", 3, 204)
@@ -130,7 +136,8 @@ def test_what_is_written_reads_back_the_same() -> None:
 def test_defaults_and_other_words_for_the_same_are_no_changes() -> None:
     said = endpoint(
         "name: a\nmodel: b\nruntime: custom\nmodel_mount_destination: /models\nresource_group: default\n"
-        "cluster_size: 1\npriority: 10\nresource_slots: {mem: 1073741824, cpu: 1.0}\n"
+        "cluster_size: 1\npriority: 10\nimage_pull_policy: if-not-present\nsecurity_profile: default\n"
+        "resource_slots: {mem: 1073741824, cpu: 1.0}\n"
         "rollout: {strategy: rolling, max_surge: 1, progress_deadline: 10m}\n"
     )
     stored = endpoint("name: a\nmodel: b\nresource_slots: {mem: 1g, cpu: 1}\n")

@@ -9,12 +9,22 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dure.client.cli import tables
+from dure.client.cli.describe_endpoint import enforced
 from dure.client.cli.failures import explain
 from dure.client.cli.output import dumps, enum_word, to_value
 from dure.client.cli.text import age, align, cells, clean, cut, parse_expiry, span
 from dure.client.waiting import judge, summary
 from dure.v1 import admin_pb2, agent_pb2, endpoint_pb2
+from dure.v1.endpoint_pb2 import Replica
 from dure.wire.errors import FailedPrecondition, InvalidInput, ManagerUnreachable, NotFound, Violation
+
+
+def test_what_keeps_shares_is_told_with_its_reason() -> None:
+    kept = Replica(uid="a-1", enforcement="watchdog")
+    kept.kernels.add(enforcement="mps")
+    kept.kernels.add(enforcement="watchdog", enforcement_detail="no MPS\non this GPU")
+    better = Replica(uid="a-2", enforcement="mig")
+    assert enforced([kept, Replica(uid="a-3"), better]) == ["1: watchdog (no MPS on this GPU)", "2: mig"]
 
 
 def test_documents_hold_every_field_by_its_proto_name() -> None:

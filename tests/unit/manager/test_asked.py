@@ -105,6 +105,56 @@ def test_overlaps() -> None:
     assert [violation.field for violation in violations] == ["a", "c"]
 
 
+def test_containers() -> None:
+    violations: list[Violation] = []
+    asked.containers(Endpoint(), violations)
+    never = endpoint_pb2.IMAGE_PULL_POLICY_NEVER
+    strict = endpoint_pb2.SECURITY_PROFILE_STRICT
+    asked.containers(Endpoint(image_pull_policy=never, security_profile=strict), violations)
+    assert not violations
+    asked.containers(Endpoint(image_pull_policy=9, security_profile=9), violations)  # type: ignore[arg-type]
+    assert [(v.field, v.description) for v in violations] == [
+        ("endpoint.image_pull_policy", "found 9, expected IF_NOT_PRESENT, ALWAYS or NEVER"),
+        ("endpoint.security_profile", "found 9, expected DEFAULT or STRICT"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "mode", "wrong"),
+    [
+        ("", "", ""),
+        ("none", "", ""),
+        ("watchdog", "watchdog", ""),
+        (" MIG ", "mig", ""),
+        ("watchdogs", "", "unknown mode `watchdogs`; did you mean `watchdog`?"),
+        ("hooks", "", "unknown mode `hooks`; did you mean `hook`?"),
+        ("yes", "", "unknown mode `yes`; expected one of none, watchdog, hook, mps, mig"),
+    ],
+)
+def test_required_enforcement(word: str, mode: str, wrong: str) -> None:
+    violations: list[Violation] = []
+    assert asked.require_enforcement(Endpoint(require_enforcement=word), violations) == mode
+    assert [violation.description for violation in violations] == ([wrong] if wrong else [])
+
+
+@pytest.mark.parametrize(
+    ("mode", "slots", "part"),
+    [
+        ("", {}, ""),
+        ("mps", {"cuda.shares": 1500}, ""),
+        ("mig", {"cuda.shares": 1000}, ""),
+        ("mig", {"cuda.shares": 1010}, "at most 1.00"),
+        ("watchdog", {"cpu": 1}, "requires `cuda.shares`"),
+        ("watchdog", {"cuda.device": 1000}, "a whole GPU has no neighbours"),
+    ],
+)
+def test_what_enforcement_makes_sense_for(mode: str, slots: dict[str, int], part: str) -> None:
+    violations: list[Violation] = []
+    asked.check_enforcement(mode, slots, violations)
+    assert len(violations) == bool(part)
+    assert all(part in violation.description for violation in violations)
+
+
 def test_numbers() -> None:
     violations: list[Violation] = []
     assert asked.priority(Endpoint(), violations) == 10

@@ -63,6 +63,17 @@ def changed(wanted: Endpoint, *paths: str) -> str:
             "extra_mounts[0].folder d added, extra_mounts[0].target /home/work/d added, "
             "extra_mounts[0].writable true added",
         ),
+        (
+            Endpoint(
+                image_pull_policy=endpoint_pb2.IMAGE_PULL_POLICY_ALWAYS,
+                security_profile=endpoint_pb2.SECURITY_PROFILE_STRICT,
+                require_enforcement="mps",
+            ),
+            ["image_pull_policy", "security_profile", "require_enforcement"],
+            "image_pull_policy IF_NOT_PRESENT -> ALWAYS, require_enforcement mps added, "
+            "security_profile DEFAULT -> STRICT",
+        ),
+        (Endpoint(require_enforcement="none"), ["require_enforcement", "security_profile"], ""),
         (Endpoint(resource_group="default", priority=10), ["runtime", "resource_group", "priority"], ""),
         (Endpoint(cluster_size=1, model_mount_destination="/models"), ["cluster_size"], ""),
     ],

@@ -5,18 +5,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dure.manager.model import Grant
-from dure.manager.placement import (
-    DeviceCapacity,
-    Node,
-    NoPlace,
-    Placed,
-    Request,
-    explain,
-    fuller,
-    place,
-    portions,
-)
+from dure.manager.devices import DeviceCapacity, portions
+from dure.manager.model import DeviceShare, Grant
+from dure.manager.placement import Node, NoPlace, Placed, Request, explain, fuller, place
 from dure.wire.quantities import CPU, DEVICES, MEM, MILLI, SHARES
 
 GPU = {SHARES: MILLI, DEVICES: MILLI}
@@ -28,8 +19,6 @@ def node(name: str, gpus: int = 2, cpu: int = 8_000, grants: tuple[Grant, ...] =
 
 
 def held(name: str, *shares: tuple[str, int]) -> Grant:
-    from dure.manager.model import DeviceShare
-
     return Grant(name, {}, tuple(DeviceShare(f"{name}-{gpu}", SHARES, amount) for gpu, amount in shares))
 
 
@@ -145,6 +134,29 @@ def test_a_sick_device_and_a_lost_node_get_nothing() -> None:
     assert result.refusals[1].reason == "the agent is LOST"
 
 
+def test_enforcement_is_a_constraint_of_placement() -> None:
+    plain = node("plain")
+    watched = replace(
+        node("watched"), devices=[DeviceCapacity("watched-gpu0", GPU, enforcement="watchdog")], grants=()
+    )
+    wanted = Request({CPU: 1, MEM: 1, SHARES: 400}, "default", enforcement="watchdog")
+    assert places(place(wanted, [plain, watched])) == ["watched"]
+    result = place(wanted, [plain])
+    assert isinstance(result, NoPlace)
+    assert result.refusals[0].reason == (
+        "cuda.shares: 2 GPUs have room, but enforce `none`, `watchdog` is required"
+    )
+    better = place(replace(wanted, enforcement="mps"), [watched])
+    assert isinstance(better, NoPlace)
+
+
+def test_a_node_is_filled_by_what_a_part_takes_away() -> None:
+    """A part that is given out is gone as a whole: the node with the smaller one is the fuller then."""
+    small = replace(node("a"), devices=[DeviceCapacity("a-p", {SHARES: 280}, parent="x")])
+    large = replace(node("b"), devices=[DeviceCapacity("b-p", {SHARES: 420}, parent="y")])
+    assert places(place(Request({CPU: 1, MEM: 1, SHARES: 200}, "default"), [large, small])) == ["a"]
+
+
 SMALL = {CPU: 1_000, MEM: 1_000}
 
 
@@ -200,6 +212,15 @@ def test_what_no_free_room_would_change_is_said() -> None:
     ]
     result = dict(explain(Request(SMALL, "default", needs_image=True), [arm]))
     assert "runs no images" in result["arm"]
+    strict = replace(plain, name="strict", runs_strict=True)
+    asked = Request(SMALL, "default", strict="the resource group `gpus`")
+    assert explain(asked, [plain, strict]) == [
+        (
+            "plain",
+            "its back end cannot do the security profile STRICT, which the resource group `gpus` asks for",
+        ),
+        ("strict", ""),
+    ]
     result = dict(explain(Request(SMALL, "default", size=2), [arm, plain]))
     assert (result["arm"], "mount namespaces" in result["plain"]) == ("", True)
 
@@ -215,3 +236,17 @@ def test_gangs_keep_the_books_and_are_whole(steps: list) -> None:
             for kernel in placed.kernels:
                 nodes[kernel.node.name] = fuller(nodes[kernel.node.name], kernel.grant)
         check_books(nodes.values())
+
+
+def test_a_port_in_a_command_is_a_containers_own() -> None:
+    wanted = Request({"cpu": 100}, "default", fixed_port=8000)
+    taken = (Grant("n1", {"cpu": 100}, fixed_port=8000),)
+    for runs_images, several, size, fits in (
+        (False, False, 1, False),
+        (True, False, 1, True),
+        (True, True, 1, True),
+        (True, True, 2, False),
+    ):
+        one = replace(node("n1", gpus=0), grants=taken, runs_images=runs_images)
+        request = replace(wanted, several_nodes=several, size=size)
+        assert isinstance(place(request, [one]), Placed) is fits

@@ -80,6 +80,22 @@ def test_what_dies_together_counts_once_and_what_served_waits_little() -> None:
     assert not world.endpoint.blocked
 
 
+def test_a_gpu_that_is_lost_does_not_count_and_what_the_replica_did_does() -> None:
+    world = World(desired=1)
+    for _ in range(FAILURES_MAX + 1):
+        world.run()
+        world.crash(world.living()[0].uid, "DEVICE_LOST")
+        world.run()
+        assert (world.endpoint.failures, world.endpoint.errors) == (0, ())
+    for reason in ("GPU_MEMORY_EXCEEDED", "IMAGE_FAILED", "ENFORCEMENT_FAILED"):
+        world = World(desired=1)
+        world.run()
+        world.crash(world.living()[0].uid, reason)
+        world.run()
+        assert world.endpoint.failures == 1
+        assert len(world.endpoint.errors) == 1
+
+
 def test_one_wave_of_failures_does_not_block() -> None:
     world = World(desired=8)
     for wave in range(FAILURES_MAX):

@@ -123,7 +123,10 @@ def test_extra_arguments_that_no_shell_would_take() -> None:
         (250, {}, "--gpu-memory-utilization 0.25"),
         (10, {}, "--gpu-memory-utilization 0.01"),
         (1000, {}, "--port {port}"),
-        (1500, {}, "--port {port}"),
+        (1500, {}, "--gpu-memory-utilization 0.75"),
+        (2500, {}, "--gpu-memory-utilization 0.83"),
+        (1010, {}, "--gpu-memory-utilization 0.50"),
+        (3000, {}, "--port {port}"),
         (500, {"VLLM_EXTRA_ARGS": "--gpu-memory-utilization 0.9"}, "--gpu-memory-utilization 0.9"),
         (500, {"VLLM_EXTRA_ARGS": "--gpu-memory-utilization=0.9"}, "--gpu-memory-utilization=0.9"),
         (500, {"VLLM_TP_SIZE": "1"}, "--tensor-parallel-size 1 --gpu-memory-utilization 0.50"),
@@ -131,6 +134,19 @@ def test_extra_arguments_that_no_shell_would_take() -> None:
 )
 def test_the_memory_of_a_fraction_of_a_gpu(share: int, environ: dict[str, str], ends: str) -> None:
     assert words("vllm", environ, {"cuda.shares": share}).endswith(ends)
+
+
+def test_the_memory_of_sglang_follows_its_share() -> None:
+    assert words("sglang", {}, {"cuda.shares": 400}).endswith("--mem-fraction-static 0.40")
+    assert words("sglang", {}, {"cuda.shares": 1500}).endswith("--mem-fraction-static 0.75")
+    given = {"SGLANG_EXTRA_ARGS": "--mem-fraction-static 0.3"}
+    assert words("sglang", given, {"cuda.shares": 400}).endswith("--mem-fraction-static 0.3")
+    assert words("sglang", {}, {"cuda.device": 1000}).endswith("--port {port}")
+
+
+def test_starts_are_serial_where_each_measures_what_is_free() -> None:
+    serial = {name for name in SEED if name != "custom" and launched(name, ggufs=("a",))[0].serial_start}
+    assert serial == {"vllm", "sglang"}
 
 
 def test_a_command_of_the_request_is_left_as_it_is() -> None:

@@ -30,11 +30,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Request:
-    """What the agent tells its plug-ins. `found` is what those before found."""
+    """What the agent tells its plug-ins. `found` is what those before found. `known` are devices that kernels
+    have of an agent before this one: of its own among them, a plug-in keeps those that it does not find."""
 
     agent: str
     simulated_gpus: int
     found: Sequence[fleet_pb2.Device] = ()
+    known: Sequence[fleet_pb2.Device] = ()
 
 
 class Accelerator(Protocol):

@@ -11,8 +11,9 @@ from dure.agent.nvml.client import Client, NoAnswer, library_is_there
 from dure.agent.usage import DeviceUse
 from dure.agent.waiting import Background
 
-# Without its persistence mode a driver takes seconds to wake its GPUs.
-FIRST_LIMIT_S, LIMIT_S, USES_LIMIT_S = 15.0, 5.0, 3.0
+# Without its persistence mode a driver takes seconds to wake its GPUs, and so it does when it is asked anew.
+WAKING_LIMIT_S, LIMIT_S, USES_LIMIT_S = 15.0, 5.0, 3.0
+NO_DRIVER = "there is no NVIDIA driver on this node any more"
 
 
 class CudaAccelerator:
@@ -24,22 +25,32 @@ class CudaAccelerator:
     def __init__(self) -> None:
         self._client: Client | None = None
         self._asking = Background("nvml")
-        self._known: Mapping[str, gpus.Known] = {}
+        self._known: Mapping[str, gpus.Known] | None = None
+        self._limit_s = WAKING_LIMIT_S
 
     async def find(self, request: Request) -> Found:
-        limit_s = LIMIT_S
+        if self._known is None:
+            own = [one for one in request.known if one.accelerator == self.name]
+            self._known = {one.id: gpus.Known(one, gpus.NO_INDEX) for one in own}
+        if self._client is None and library_is_there():
+            self._client = Client()
         if self._client is None:
-            if not library_is_there():
+            if not self._known:
                 return Found()
-            self._client, limit_s = Client(), FIRST_LIMIT_S
-        client = self._client
+            answer: dict[str, Any] = {"error": NO_DRIVER, "gpus": []}
+        else:
+            answer = await self._ask(self._client, self._limit_s)
+        seen = gpus.look(answer, self._known)
+        self._known = seen.known
+        return seen.found
+
+    async def _ask(self, client: Client, limit_s: float) -> dict[str, Any]:
         try:
             answer = await self._asking.run(lambda: client.ask("devices", limit_s), limit_s + 1)
         except (NoAnswer, TimeoutError) as error:
             answer = {"error": str(error), "gpus": []}
-        seen = gpus.look(answer, self._known)
-        self._known = seen.known
-        return seen.found
+        self._limit_s = WAKING_LIMIT_S if answer["error"] else LIMIT_S
+        return answer
 
     def measure(self) -> Mapping[str, DeviceUse]:
         if self._client is None:
@@ -49,11 +60,6 @@ class CudaAccelerator:
         except NoAnswer:
             return {}
         return {uid: DeviceUse(_by_pid(use["util"]), _by_pid(use["memory"])) for uid, use in uses.items()}
-
-    def close(self) -> None:
-        """Ends the worker before the agent ends; the agent's end does so too."""
-        if self._client is not None:
-            self._client.close()
 
 
 def _by_pid(values: Mapping[str, Any] | None) -> dict[int, Any] | None:

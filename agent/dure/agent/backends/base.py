@@ -74,9 +74,8 @@ class Injection:
 class Container:
     """What a contained kernel has beside. `host` is the address at which its port is published, and
     `free_ports` those of which the engine may choose one now; `devices` are those granted. `addresses` are
-    those of `names`, all kernels of its session, empty for a session of one. `cpus` and `memory_nodes` pin
-    it (the kernel's own notation, empty for anywhere). `credential` asks for user and password of the image's
-    registry, both empty if there are none."""
+    those of `names`, all kernels of its session, empty for a session of one. `credential` asks for user and
+    password of the image's registry, both empty if there are none."""
 
     spec: fleet_pb2.KernelSpec
     agent: str
@@ -87,8 +86,6 @@ class Container:
     free_ports: Callable[[], Awaitable[range]]
     names: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
-    cpus: str = ""
-    memory_nodes: str = ""
 
     @property
     def strict(self) -> bool:
@@ -125,6 +122,9 @@ class Plan:
     extra_mounts: tuple[ExtraMount, ...] = ()
     # 0 for the back end's default.
     shared_memory_bytes: int = 0
+    # What pins it to a NUMA node: cores and memory nodes in the kernel's own notation, empty for anywhere.
+    cpus: str = ""
+    memory_nodes: str = ""
     # None for a session of one.
     cluster: ClusterFiles | None = None
     # For a back end that contains.
@@ -165,6 +165,8 @@ class Abilities:
     can_be_strict: bool = False
     # Why GPUs of an accelerator, by its name, cannot be given to kernels; what is not named can.
     no_devices: Mapping[str, str] = field(default_factory=dict)
+    # Why kernels cannot be pinned to NUMA nodes; empty if they can.
+    no_pinning: str = ""
 
 
 class StartFailed(Exception):

@@ -16,6 +16,8 @@ from pathlib import Path
 from dure.agent.shim import processes
 
 CONTROLLERS = ("cpu", "memory", "pids")
+# Of sessions that are pinned to a NUMA node; the others need none.
+CPUSET = "cpuset"
 PARENT = "dure"
 # Threads count: an inference server with many workers has some hundreds.
 PIDS_MAX = 16384
@@ -48,20 +50,35 @@ class Groups:
 class Cgroups:
     """What this process may do with control groups. Tried, not assumed."""
 
-    def __init__(self, hierarchies: tuple[Hierarchy, ...], limitations: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        hierarchies: tuple[Hierarchy, ...],
+        limitations: tuple[str, ...],
+        pinning: Hierarchy | None = None,
+        no_pinning: str = "no control groups",
+    ) -> None:
         self._hierarchies = hierarchies
+        # A hierarchy of cpusets alone, as v1 has it.
+        self._pinning = pinning
         self.limitations = limitations
+        # Why sessions cannot be pinned; empty if they can.
+        self.no_pinning = no_pinning
 
     @classmethod
     def probe(cls, mountinfo: str = "/proc/self/mountinfo", own: str = "/proc/self/cgroup") -> Cgroups:
         hierarchies: list[Hierarchy] = []
         problems: list[str] = []
+        pinning: Hierarchy | None = None
+        no_pinning = "there is no control group with the controller `cpuset`"
         own_paths = _own_paths(own)
         for mount, root, version, names in _mounts(mountinfo):
             key = "" if version == 2 else names[0]
             found, problem = _try_hierarchy(mount, root, own_paths.get(key, "/"), version, names)
-            if found is not None:
+            if names == (CPUSET,):
+                pinning, no_pinning = found, problem
+            elif found is not None:
                 hierarchies.append(found)
+                no_pinning = "" if CPUSET in found.controllers else no_pinning
             elif problem:
                 problems.append(problem)
         working = frozenset().union(*(hierarchy.controllers for hierarchy in hierarchies))
@@ -70,26 +87,34 @@ class Cgroups:
         if missing:
             why = f" ({problems[0]})" if problems else ""
             limitations = (f"no limits on {', '.join(missing)} of sessions: no usable control group{why}",)
-        return cls(tuple(hierarchies), limitations)
+        return cls(tuple(hierarchies), limitations, pinning, no_pinning)
 
-    def folders(self, uid: str) -> list[Path]:
+    def folders(self, uid: str, pinned: bool = False) -> list[Path]:
         """Where the groups of a session are, or will be."""
-        return [hierarchy.base / PARENT / uid for hierarchy in self._hierarchies]
+        return [hierarchy.base / PARENT / uid for hierarchy in self._used(pinned)]
 
-    def create(self, uid: str, cpu_milli: int, memory_bytes: int) -> Groups:
+    def create(
+        self, uid: str, cpu_milli: int, memory_bytes: int, cpus: str = "", memory_nodes: str = ""
+    ) -> Groups:
+        """`cpus` and `memory_nodes` pin the session, as far as that works here."""
         folders: list[Path] = []
         kill_file = oom_file = None
-        for hierarchy in self._hierarchies:
+        for hierarchy in self._used(bool(cpus)):
             folder = hierarchy.base / PARENT / uid
             _make(folder, hierarchy)
             folders.append(folder)
             limit = _limit_v2 if hierarchy.version == 2 else _limit_v1
             limit(folder, hierarchy.controllers, cpu_milli, memory_bytes)
+            if CPUSET in hierarchy.controllers:
+                _pin(folder, cpus, memory_nodes)
             if (folder / "cgroup.kill").exists():
                 kill_file = folder / "cgroup.kill"
             if "memory" in hierarchy.controllers:
                 oom_file = folder / ("memory.events" if hierarchy.version == 2 else "memory.oom_control")
         return Groups(tuple(folders), kill_file, oom_file)
+
+    def _used(self, pinned: bool) -> tuple[Hierarchy, ...]:
+        return (*self._hierarchies, self._pinning) if pinned and self._pinning else self._hierarchies
 
 
 def folders_of(pid: int, mountinfo: str = "/proc/self/mountinfo") -> list[Path]:
@@ -170,12 +195,30 @@ def _make(folder: Path, hierarchy: Hierarchy) -> None:
             if hierarchy.version == 2 and hierarchy.controllers:
                 wanted = " ".join(f"+{name}" for name in sorted(hierarchy.controllers))
                 (folder.parent / "cgroup.subtree_control").write_text(wanted)
+            if hierarchy.version == 1 and CPUSET in hierarchy.controllers:
+                _inherit(folder.parent)
             folder.mkdir(exist_ok=True)
+            if hierarchy.version == 1 and CPUSET in hierarchy.controllers:
+                _inherit(folder)
             return
         except FileNotFoundError:
             # Another agent removed the empty parent in between.
             if attempt == 9:
                 raise
+
+
+def _inherit(folder: Path) -> None:
+    """In v1 a new group of cpusets is empty, and takes in no process before it is filled."""
+    for name in ("cpuset.cpus", "cpuset.mems"):
+        if not (folder / name).read_text().strip():
+            (folder / name).write_text((folder.parent / name).read_text())
+
+
+def _pin(folder: Path, cpus: str, memory_nodes: str) -> None:
+    if cpus:
+        (folder / "cpuset.cpus").write_text(cpus)
+    if memory_nodes:
+        (folder / "cpuset.mems").write_text(memory_nodes)
 
 
 def _limit_v1(folder: Path, controllers: frozenset[str], cpu_milli: int, memory_bytes: int) -> None:
@@ -241,6 +284,11 @@ def _enable_v2(base: Path) -> tuple[frozenset[str], str]:
             (base / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in sorted(missing)))
     except OSError as error:
         return frozenset(), f"{base}: {error.strerror}"
+    # By itself: whether sessions can be pinned must not decide on their limits.
+    with contextlib.suppress(OSError):
+        if CPUSET in (base / "cgroup.controllers").read_text().split():
+            (base / "cgroup.subtree_control").write_text(f"+{CPUSET}")
+            available.add(CPUSET)
     return frozenset(available), ""
 
 
@@ -263,7 +311,7 @@ def _mounts(file: str) -> list[tuple[Path, str, int, tuple[str, ...]]]:
         if kind == "cgroup2":
             found.append((Path(mount), root, 2, ()))
         elif kind == "cgroup":
-            names = tuple(name for name in options.split(",") if name in CONTROLLERS)
+            names = tuple(name for name in options.split(",") if name in (*CONTROLLERS, CPUSET))
             if names:
                 found.append((Path(mount), root, 1, names))
     return found

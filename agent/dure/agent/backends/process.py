@@ -77,7 +77,12 @@ class ProcessBackend:
                 "sessions see the real model folder instead of their mount destination, and can have neither "
                 f"extra mounts, nor shared memory of a given size, nor several kernels: {self._no_maps}"
             )
-        return Abilities(maps_mounts=not self._no_maps, runs_images=False, limitations=tuple(limitations))
+        return Abilities(
+            maps_mounts=not self._no_maps,
+            runs_images=False,
+            limitations=tuple(limitations),
+            no_pinning=self._cgroups.no_pinning,
+        )
 
     def model_place(self, model: Path | None, target: str) -> str:
         return view.model_place(model, target, not self._no_maps)
@@ -98,10 +103,17 @@ class ProcessBackend:
         # First: what is made from here on can be found again.
         known = {
             "boot_id": boot_id(),
-            "cgroups": [str(path) for path in self._cgroups.folders(plan.handle.uid)],
+            "cgroups": [str(path) for path in self._cgroups.folders(plan.handle.uid, bool(plan.cpus))],
         }
         write_json(str(folder / "handle.json"), known)
-        groups = await in_thread(self._cgroups.create, plan.handle.uid, plan.cpu_milli, plan.memory_bytes)
+        groups = await in_thread(
+            self._cgroups.create,
+            plan.handle.uid,
+            plan.cpu_milli,
+            plan.memory_bytes,
+            plan.cpus,
+            plan.memory_nodes,
+        )
         content |= {
             "cgroup_procs": groups.procs_files,
             "cgroup_kill": str(groups.kill_file or ""),

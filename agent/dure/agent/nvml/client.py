@@ -34,7 +34,8 @@ def library_is_there() -> bool:
 
 
 class Client:
-    """May be used from several threads; one question is asked at a time."""
+    """May be used from several threads; one question is asked at a time. The worker ends with its agent,
+    however that ends: its input is closed then."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -59,15 +60,6 @@ class Client:
             raise NoAnswer(f"the process that asks NVML died ({error})") from error
         finally:
             self._lock.release()
-
-    def close(self) -> None:
-        """Its worker ends, at once or when the driver lets go of it."""
-        if self._lock.acquire(timeout=0.1):
-            try:
-                if self._process is not None:
-                    self._give_up(self._process)
-            finally:
-                self._lock.release()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._given_up is not None:

@@ -13,6 +13,14 @@ import pynvml
 # Pairs grow with the square, and no machine has more.
 TOPOLOGY_GPUS_MAX = 32
 NVLINK = 0
+# What GPUs and drivers answer that do not know of something.
+_NOT_TOLD = (
+    pynvml.NVMLError_NotSupported,
+    pynvml.NVMLError_FunctionNotFound,
+    pynvml.NVMLError_InvalidArgument,
+)
+# Words of 64 bits that a set of NUMA nodes is read in.
+_NODE_WORDS = 16
 
 
 class Reader:
@@ -74,7 +82,11 @@ class Reader:
     def _add_peers(self, gpus: list[dict[str, Any]]) -> None:
         whole = {gpu["id"]: gpu["index"] for gpu in gpus if gpu["id"] and not gpu["mig"] and not gpu["error"]}
         if tuple(whole) != self._peers_of:
-            self._peers_of, self._peers = tuple(whole), _all_peers(whole)
+            try:
+                self._peers_of, self._peers = tuple(whole), _all_peers(whole)
+            except pynvml.NVMLError:
+                # One of them broke while they were asked: asked again at the next look.
+                self._peers_of, self._peers = (), {}
         for gpu in gpus:
             gpu["peers"] = self._peers.get(gpu["id"], {})
 
@@ -133,18 +145,30 @@ def _gpu(index: int) -> dict[str, Any]:
         gpu["error"] = str(error)
         gpu["lost"] = error.value in (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED)
         return gpu
-    with contextlib.suppress(pynvml.NVMLError):
-        gpu["numa"] = int(pynvml.nvmlDeviceGetNumaNodeId(handle))
+    gpu["numa"] = _numa_node(handle)
     return gpu
+
+
+def _numa_node(handle: Any) -> int | None:
+    """The one node whose memory is nearest. Not `nvmlDeviceGetNumaNodeId`: that is the node which a GPU
+    itself is, on machines where it is one, and it has no cores."""
+    try:
+        words = pynvml.nvmlDeviceGetMemoryAffinity(handle, _NODE_WORDS, pynvml.NVML_AFFINITY_SCOPE_NODE)
+    except pynvml.NVMLError:
+        return None
+    nodes = sum(int(word) << (64 * place) for place, word in enumerate(words))
+    return nodes.bit_length() - 1 if nodes.bit_count() == 1 else None
 
 
 def _part(handle: Any) -> dict[str, Any]:
     memory, mps = memory_by_pid(handle)
+    attributes = pynvml.nvmlDeviceGetAttributes(handle)
     return {
         "id": _text(pynvml.nvmlDeviceGetUUID(handle)),
         "model": _text(pynvml.nvmlDeviceGetName(handle)),
         "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-        "slices": int(pynvml.nvmlDeviceGetAttributes(handle).gpuInstanceSliceCount),
+        # A part's compute can be divided once more, and only its compute.
+        "slices": int(attributes.computeInstanceSliceCount or attributes.gpuInstanceSliceCount),
         "memory": memory,
         "mps": mps,
     }
@@ -181,7 +205,7 @@ def _all_peers(whole: dict[str, int]) -> dict[str, dict[str, int]]:
         for second, second_index in whole.items():
             if first == second:
                 continue
-            with contextlib.suppress(pynvml.NVMLError):
+            with contextlib.suppress(*_NOT_TOLD):
                 one = pynvml.nvmlDeviceGetHandleByIndex(first_index)
                 other = pynvml.nvmlDeviceGetHandleByIndex(second_index)
                 found.setdefault(first, {})[second] = _distance(one, other)
@@ -189,7 +213,7 @@ def _all_peers(whole: dict[str, int]) -> dict[str, dict[str, int]]:
 
 
 def _distance(one: Any, other: Any) -> int:
-    with contextlib.suppress(pynvml.NVMLError):
+    with contextlib.suppress(*_NOT_TOLD):
         status = pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
         if status == pynvml.NVML_P2P_STATUS_OK:
             return NVLINK

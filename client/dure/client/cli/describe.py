@@ -46,16 +46,18 @@ def agent(item: Agent, *, color: bool) -> None:
         click.echo("\nDevices")
         devices = [
             [
-                d.id,
+                f"{d.id} (part of {d.parent})" if d.parent else d.id,
                 "SIMULATED" if d.accelerator == "simulated" else d.accelerator,
-                d.used_shares or "0",
+                f"{d.used_shares or '0'}/{d.shares}" if d.shares else d.used_shares or "0",
+                d.enforcement,
+                str(d.numa_node) if d.HasField("numa_node") else "",
                 human_bytes(d.memory_bytes),
                 "yes" if d.healthy else f"no: {d.detail}",
                 d.model,
             ]
             for d in item.devices
         ]
-        header = ["ID", "ACCELERATOR", "SHARES USED", "MEMORY", "HEALTHY", "MODEL"]
+        header = ["ID", "ACCELERATOR", "SHARES USED", "ENFORCES", "NUMA", "MEMORY", "HEALTHY", "MODEL"]
         tables.show(tables.Table(header, list(devices)), color=color)
 
 

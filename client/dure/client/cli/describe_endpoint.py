@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import click
 
@@ -11,8 +11,9 @@ from dure.client.cli.describe import facts, section
 from dure.client.cli.text import clean, figure, milliseconds, moment
 from dure.client.manifest import to_manifest
 from dure.client.notation import amount, command_text, mount_source, mount_target, steps_text
+from dure.client.pulls import sentence
 from dure.client.waiting import rollout_summary
-from dure.v1.endpoint_pb2 import Endpoint, Event
+from dure.v1.endpoint_pb2 import Endpoint, Event, Replica
 from dure.v1.scaling_pb2 import EndpointMeasurements
 from dure.wire.quantities import MEM
 
@@ -53,13 +54,30 @@ def endpoint(
     if item.replicas:
         click.echo("\nReplicas")
         tables.show(tables.replicas(item.replicas), color=color)
+        section("Shares are kept by", enforced(item.replicas))
         several = [replica for replica in item.replicas if len(replica.kernels) > 1]
         if several:
             click.echo("\nKernels")
             tables.show(tables.kernels(several), color=color)
+    section("Images", [clean(line) for line in image_lines(item)])
     if events:
         click.echo("\nNewest events" if len(events) >= EVENTS_SHOWN else "\nEvents")
         tables.show(tables.events(events), color=color)
+
+
+def enforced(replicas: Iterable[Replica]) -> list[str]:
+    """What keeps each within its parts of devices, as verified, and why it is no better."""
+    lines = []
+    for replica in replicas:
+        if not replica.enforcement:
+            continue
+        why = next(
+            (k.enforcement_detail for k in replica.kernels if k.enforcement == replica.enforcement), ""
+        )
+        lines.append(
+            f"{tables.short_uid(replica.uid)}: {replica.enforcement}{f' ({clean(why)})' if why else ''}"
+        )
+    return lines
 
 
 def resolved(item: Endpoint) -> list[tuple[str, str]]:
@@ -137,6 +155,9 @@ def _asked(item: Endpoint) -> list[tuple[str, str]]:
         ("Shared memory", amount(MEM, item.shared_memory)),
         ("Environment", _pairs(dict(item.environ))),
         ("Image", " ".join(part for part in (item.image, item.architecture) if part)),
+        ("Pull policy", str(values.get("image_pull_policy", ""))),
+        ("Profile", str(values.get("security_profile", ""))),
+        ("Enforcement", f"{least} or better" if (least := item.require_enforcement) else ""),
         ("Mounts", ", ".join(mounts)),
         ("Cluster", _cluster(item)),
         ("Priority", str(values.get("priority", ""))),
@@ -158,6 +179,17 @@ def _cluster(item: Endpoint) -> str:
 
 def _pairs(values: dict[str, str]) -> str:
     return ", ".join(f"{key}={values[key]}" for key in sorted(values))
+
+
+def image_lines(item: Endpoint) -> list[str]:
+    """A line for each kernel whose image is being fetched."""
+    return [
+        f"{tables.short_uid(replica.uid)} {kernel.host} on {tables.last(kernel.node)}: "
+        f"{sentence(kernel.pull)}"
+        for replica in item.replicas
+        for kernel in replica.kernels
+        if kernel.HasField("pull")
+    ]
 
 
 def rollout_lines(item: Endpoint) -> list[str]:

@@ -11,7 +11,8 @@ import click
 from dure.client.cli.options import Duration
 from dure.client.manifest import STRATEGIES
 from dure.client.notation import CANARY_FORM, MOUNT_FORM
-from dure.client.wanted import CLUSTER_MODES
+from dure.client.wanted import CLUSTER_MODES, PROFILES, PULL_POLICIES
+from dure.wire import enforcement
 
 _OPTIONS = (
     click.option("--runtime", metavar="NAME", help="How the model is served; default `custom`."),
@@ -39,6 +40,21 @@ _OPTIONS = (
     click.option("--group", "--resource-group", "group", metavar="NAME", help="Resource group."),
     click.option("--image", metavar="IMAGE", help="Container image, in full or by its short name."),
     click.option("--architecture", metavar="NAME", help="CPU architecture: x86_64 or aarch64."),
+    click.option(
+        "--pull-policy",
+        type=click.Choice(list(PULL_POLICIES)),
+        help="When a node fetches the image; default if-not-present.",
+    ),
+    click.option(
+        "--profile",
+        type=click.Choice(list(PROFILES)),
+        help="What its containers may do; strict: no capabilities, a read-only root, never the superuser.",
+    ),
+    click.option(
+        "--require-enforcement",
+        type=click.Choice(list(enforcement.MODES)),
+        help="Least that must keep sessions within their shares of a GPU; others are no place.",
+    ),
     click.option(
         "--mount",
         "mounts",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dure.client.cli import tables
+from dure.client.cli import live, tables
 from dure.client.cli.endpoint import endpoint
 from dure.client.cli.endpoint_fields import fields_of
 from dure.client.cli.endpoint_options import TakesCommand, settings
@@ -37,20 +37,22 @@ async def validate(shell: Shell, name: str, model: str, dry_run: bool, timeout_s
     async with shell.client() as client:
         pieces = client.endpoints.validate(name, model=model, dry_run=dry_run, timeout_s=timeout_s, **fields)
         async with aclosing(pieces):
-            async for piece in pieces:
-                kind = piece.WhichOneof("piece")
-                if shell.output:
-                    form = "line" if shell.output == "json" else "yaml"
-                    click.echo(("---\n" if form == "yaml" else "") + dumps(to_value(piece), form))
-                elif kind == "event":
-                    said = piece.event.message
-                    mark = click.style("!", fg="red") if piece.event.warning else "*"
-                    _tell(shell, f"{mark} {piece.event.reason}: {clean(piece.event.message)}")
-                elif kind == "log":
-                    _log(shell, piece.log)
-                if kind == "outcome":
-                    outcome = piece.outcome
-                sys.stdout.flush()
+            with live.image_progress(shell) as images:
+                async for piece in pieces:
+                    kind = piece.WhichOneof("piece")
+                    images(piece.kernel if kind == "kernel" else None)
+                    if shell.output:
+                        form = "line" if shell.output == "json" else "yaml"
+                        click.echo(("---\n" if form == "yaml" else "") + dumps(to_value(piece), form))
+                    elif kind == "event":
+                        said = piece.event.message
+                        mark = click.style("!", fg="red") if piece.event.warning else "*"
+                        _tell(shell, f"{mark} {piece.event.reason}: {clean(piece.event.message)}")
+                    elif kind == "log":
+                        _log(shell, piece.log)
+                    if kind == "outcome":
+                        outcome = piece.outcome
+                    sys.stdout.flush()
     if not shell.output:
         if outcome.detail != said:
             _tell(shell, clean(outcome.detail))

@@ -12,6 +12,7 @@ from dure.client.cli.answers import show_list, show_one
 from dure.client.cli.options import Shell, command
 from dure.client.cli.tables import Table
 from dure.client.cli.text import age, moment
+from dure.client.wanted import PROFILES
 from dure.v1.catalog_pb2 import PLACEMENT_POLICY_PACK, PLACEMENT_POLICY_SPREAD, ResourceGroup
 
 _POLICIES = {"spread": PLACEMENT_POLICY_SPREAD, "pack": PLACEMENT_POLICY_PACK}
@@ -33,6 +34,11 @@ _allow = click.option(
 _proxy_group = click.option(
     "--proxy-group", metavar="NAME", help="Proxies that serve its endpoints; default `default`."
 )
+_profile = click.option(
+    "--profile",
+    type=click.Choice([*PROFILES]),
+    help="Least that its containers are held to, whatever an endpoint asks for; default `default`.",
+)
 _description = click.option("--description", help="For people.")
 
 
@@ -41,6 +47,7 @@ _description = click.option("--description", help="For people.")
 @_policy
 @_allow
 @_proxy_group
+@_profile
 @_description
 async def create(
     shell: Shell,
@@ -48,6 +55,7 @@ async def create(
     policy: str | None,
     allow: tuple[str, ...],
     proxy_group: str | None,
+    profile: str | None,
     description: str | None,
 ) -> None:
     """Make a resource group."""
@@ -58,6 +66,7 @@ async def create(
             allowed_projects=allow,
             proxy_group=proxy_group or "",
             description=description or "",
+            security_profile=PROFILES[profile or "default"],
         )
     shell.say(f"resource group {name} created")
     shell.say(f"next: start agents with `dure agent --resource-group {name}`")
@@ -83,6 +92,7 @@ async def get(shell: Shell, name: str) -> None:
         ("Policy", tables.status_word(item, "policy").lower()),
         ("Projects", ", ".join(item.allowed_projects) or "all"),
         ("Proxy group", item.proxy_group),
+        ("Profile", tables.status_word(item, "security_profile").lower()),
         ("Agents", str(item.agents)),
         ("Created", moment(item.create_time)),
     ]
@@ -95,6 +105,7 @@ async def get(shell: Shell, name: str) -> None:
 @_allow
 @click.option("--allow-all", is_flag=True, help="All projects may use it.")
 @_proxy_group
+@_profile
 @_description
 async def update(
     shell: Shell,
@@ -103,15 +114,16 @@ async def update(
     allow: tuple[str, ...],
     allow_all: bool,
     proxy_group: str | None,
+    profile: str | None,
     description: str | None,
 ) -> None:
     """Change a resource group. --allow replaces the list of projects."""
     if allow and allow_all:
         raise click.UsageError("give --allow or --allow-all, not both")
-    if policy is None and not allow and not allow_all and proxy_group is None and description is None:
-        raise click.UsageError(
-            "nothing to change: give --policy, --allow, --allow-all, --proxy-group or --description"
-        )
+    given = (policy, allow or None, allow_all or None, proxy_group, profile, description)
+    if all(value is None for value in given):
+        options = "--policy, --allow, --allow-all, --proxy-group, --profile or --description"
+        raise click.UsageError(f"nothing to change: give {options}")
     async with shell.client() as client:
         item = await client.groups.update(
             name,
@@ -119,6 +131,7 @@ async def update(
             allowed_projects=allow if allow or allow_all else None,
             proxy_group=proxy_group,
             description=description,
+            security_profile=PROFILES[profile] if profile is not None else None,
         )
     shell.say(f"resource group {name} changed")
     show_one(shell, item, _table)
@@ -135,10 +148,11 @@ async def delete(shell: Shell, name: str) -> None:
 
 def _table(items: Sequence[ResourceGroup], wide: bool) -> Table:
     now = datetime.now(UTC)
-    header = ["NAME", "POLICY", "AGENTS", "PROJECTS", "AGE"] + (["PROXY GROUP"] if wide else [])
+    header = ["NAME", "POLICY", "AGENTS", "PROJECTS", "AGE"] + (["PROXY GROUP", "PROFILE"] if wide else [])
     rows = []
     for item in items:
         row = [tables.last(item.name), tables.status_word(item, "policy").lower(), str(item.agents)]
         row += [", ".join(item.allowed_projects) or "all", age(item.create_time, now)]
-        rows.append([*row, *([item.proxy_group] if wide else []), item.description])
+        profile = tables.status_word(item, "security_profile").lower()
+        rows.append([*row, *([item.proxy_group, profile] if wide else []), item.description])
     return Table([*header, "DESCRIPTION"], list(rows))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
 
-from dure.client.cli import tables
+from dure.client.cli import pulling, tables
 from dure.client.cli.options import Shell
 from dure.client.cli.output import dumps, to_value
 from dure.client.cli.text import clean
+from dure.client.pulls import kernels_of
 from dure.client.waiting import summary
-from dure.v1.endpoint_pb2 import Endpoint, WatchEndpointsResponse
+from dure.v1.endpoint_pb2 import Endpoint, Kernel, Replica, WatchEndpointsResponse
 from dure.v1.scaling_pb2 import EndpointMeasurements
 
 POLL_S = 2.0
@@ -32,11 +33,12 @@ def wait_progress(shell: Shell) -> Iterator[Callable[[Endpoint], None]]:
         yield lambda endpoint: None
     elif shell.live:
         with screen(stderr=True, transient=True) as draw:
-            yield lambda endpoint: draw(endpoint_lines(endpoint, color=not shell.no_color))
+            yield lambda endpoint: draw(_with_images(endpoint, color=not shell.no_color))
     else:
         clock = asyncio.get_running_loop().time
         began = clock()
         said = ""
+        images = pulling.Ticker()
 
         def tell(endpoint: Endpoint) -> None:
             nonlocal said
@@ -44,8 +46,38 @@ def wait_progress(shell: Shell) -> Iterator[Callable[[Endpoint], None]]:
             if text != said:
                 click.echo(f"[{clock() - began:5.1f}s] {text}", err=True)
                 said = text
+            for line in images.due(kernels_of(endpoint.replicas), clock()):
+                click.echo(f"[{clock() - began:5.1f}s] {line}", err=True)
 
         yield tell
+
+
+@contextmanager
+def image_progress(shell: Shell) -> Iterator[Callable[[Kernel | None], None]]:
+    """Gives a function to call with every kernel of which an image moved on, and with None before anything
+    else is printed."""
+    kernels: dict[str, Kernel] = {}
+    images, clock = pulling.Ticker(), asyncio.get_running_loop().time
+    with ExitStack() as stack:
+        draw: Callable[[list[str]], None] | None = None
+
+        def moved(kernel: Kernel | None) -> None:
+            nonlocal draw
+            if kernel is None:
+                stack.close()
+                draw = None
+                return
+            kernels[kernel.uid] = kernel
+            if shell.output or shell.quiet:
+                return
+            if not shell.live:
+                for line in images.due(kernels.values(), clock()):
+                    click.echo(line, err=True)
+                return
+            draw = draw or stack.enter_context(screen(stderr=True, transient=True))
+            draw(pulling.lines(kernels.values(), room=pulling.rows(0), color=not shell.no_color))
+
+        yield moved
 
 
 async def watch_endpoints(
@@ -124,6 +156,8 @@ class RowPrinter:
             kept.CopyFrom(item)
             if "last_heard" in item.DESCRIPTOR.fields_by_name:  # it always changes, and says nothing new
                 kept.ClearField("last_heard")
+            if self._form not in ("json", "yaml"):
+                _forget_progress(kept)
             state = kept.SerializeToString(deterministic=True)
             if self._seen.get(item.name) == state:
                 continue
@@ -167,13 +201,28 @@ def endpoint_lines(
     return lines
 
 
+def _with_images(endpoint: Endpoint, *, color: bool, wide: bool = False) -> list[str]:
+    """The same, and below it the images that are being fetched for it."""
+    lines = endpoint_lines(endpoint, color=color, wide=wide)
+    kernels = kernels_of(endpoint.replicas)
+    images = pulling.lines(kernels, room=pulling.rows(len(lines) + 1), color=color)
+    return [*lines, "", *images] if images else lines
+
+
+def _forget_progress(item: Any) -> None:
+    """A row is not another one because an image has moved on."""
+    replicas = item.replicas if isinstance(item, Endpoint) else [item] if isinstance(item, Replica) else []
+    for kernel in kernels_of(replicas):
+        kernel.ClearField("pull")
+
+
 def _screen_lines(shell: Shell, current: dict[str, Endpoint], *, one: bool, only_replicas: bool) -> list[str]:
     wide = shell.output == "wide"
     shown = [current[name] for name in sorted(current)]
     if only_replicas:
         return tables.replicas([r for e in shown for r in e.replicas], wide).lines(color=shell.color)
     if one:
-        return [line for e in shown for line in endpoint_lines(e, color=shell.color, wide=wide)] or ["gone"]
+        return [line for e in shown for line in _with_images(e, color=shell.color, wide=wide)] or ["gone"]
     return tables.endpoints(shown, wide).lines(color=shell.color)
 
 

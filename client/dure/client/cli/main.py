@@ -42,6 +42,7 @@ _COMMANDS = {
     "group": ("dure.client.cli.group:group", "Resource groups: sets of agents with a policy."),
     "preset": ("dure.client.cli.preset:preset", "Presets: named sets of slots."),
     "image": ("dure.client.cli.image:image", "Container images that endpoints may name."),
+    "registry": ("dure.client.cli.registry:registry", "Credentials for registries of images."),
     "completion": ("dure.client.cli.completion:completion", "Complete commands in bash, zsh or fish."),
     "context": ("dure.client.cli.context:context", "Which manager to talk to, as whom."),
 }

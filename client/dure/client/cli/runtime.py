@@ -41,6 +41,11 @@ _OPTIONS = (
     click.option("--health-path", metavar="PATH", help="HTTP path that is probed."),
     click.option("--initial-delay", "delay_s", type=float, help="Seconds without decisive probes."),
     click.option("-e", "--env", "environ", type=Pair(), multiple=True, help="Environment variables."),
+    click.option(
+        "--serial-start/--no-serial-start",
+        default=None,
+        help="Whether starts on one GPU come one after the other, because each measures what is free there.",
+    ),
     click.option("-r", "--resource", "resources", type=Pair(), multiple=True, help="Default slots."),
 )
 
@@ -136,6 +141,9 @@ def _given(given: dict[str, Any]) -> _Given:
     if given["delay_s"] is not None:
         item.health_check.initial_delay_s = given["delay_s"]
         fields.append("health_check")
+    if given["serial_start"] is not None:
+        item.serial_start = given["serial_start"]
+        fields.append("serial_start")
     for option, field in (("environ", "environ"), ("resources", "resource_slots")):
         if given[option]:
             getattr(item, field).update(pairs("-e" if option == "environ" else "-r", given[option]))

@@ -149,7 +149,7 @@ def replicas(items: Sequence[Replica], wide: bool = False, now: datetime | None 
     now = now or datetime.now(UTC)
     header = ["ID", "REV", "NODE", "SHARES", "STATUS", "PROBE", "AGE"]
     if wide:
-        header += ["PID", "TARGET", "SESSION", "DEVICES", "UID"]
+        header += ["PID", "TARGET", "SESSION", "DEVICES", "ENFORCED", "UID"]
     rows = []
     for item in items:
         row = [
@@ -163,7 +163,8 @@ def replicas(items: Sequence[Replica], wide: bool = False, now: datetime | None 
         ]
         if wide:
             devices = ",".join(f"{share.device}={share.amount}" for share in item.devices)
-            row += [str(item.pid) if item.pid else "", item.target, item.session, devices, item.uid]
+            row += [str(item.pid) if item.pid else "", item.target, item.session, devices]
+            row += [item.enforcement, item.uid]
         rows.append([*row, item.reason or item.probe.detail])
     return Table([*header, "REASON"], list(rows), status=4)
 
@@ -181,8 +182,9 @@ def kernels(items: Sequence[Replica]) -> Table:
         for kernel in item.kernels:
             devices = ",".join(f"{share.device}={share.amount}" for share in kernel.devices)
             pid = str(kernel.pid) if kernel.pid else ""
-            rows.append([short_uid(item.uid), kernel.host, last(kernel.node), devices, pid, kernel.message])
-    return Table(["REPLICA", "KERNEL", "NODE", "DEVICES", "PID", "MESSAGE"], list(rows))
+            row = [short_uid(item.uid), kernel.host, last(kernel.node), devices, kernel.enforcement, pid]
+            rows.append([*row, kernel.message])
+    return Table(["REPLICA", "KERNEL", "NODE", "DEVICES", "ENFORCED", "PID", "MESSAGE"], list(rows))
 
 
 def revisions(items: Sequence[Revision], wide: bool = False, now: datetime | None = None) -> Table:
@@ -277,7 +279,7 @@ def files(items: Sequence[File]) -> Table:
 def agents(items: Sequence[Agent], wide: bool = False) -> Table:
     header = ["NAME", "STATUS", "GROUP", "CPU", "MEM", "SHARES", "SESSIONS", "HEARD"]
     if wide:
-        header += ["GPUS", "ARCH", "ADDRESS", "VERSION", "BACKEND", "UID"]
+        header += ["GPUS", "ENFORCES", "ARCH", "ADDRESS", "VERSION", "BACKEND", "UID"]
     rows = []
     for item in items:
         amounts = {amount.slot: amount for amount in item.slots}
@@ -292,6 +294,7 @@ def agents(items: Sequence[Agent], wide: bool = False) -> Table:
         if wide:
             row += [
                 gpus(item),
+                ",".join(dict.fromkeys(d.enforcement for d in item.devices if d.enforcement)),
                 item.architecture,
                 item.advertise_address,
                 item.version,

@@ -167,8 +167,8 @@ def _limits(plan: Plan, container: Container, node: Node) -> dict[str, Any]:
     found: dict[str, Any] = {"PidsLimit": PIDS_MAX}
     if plan.cpu_milli:
         found |= {"CpuPeriod": CPU_PERIOD_US, "CpuQuota": max(1000, plan.cpu_milli * CPU_PERIOD_US // 1000)}
-    if container.cpus:
-        found |= {"CpusetCpus": container.cpus, "CpusetMems": container.memory_nodes}
+    if plan.cpus:
+        found |= {"CpusetCpus": plan.cpus, "CpusetMems": plan.memory_nodes}
     if plan.memory_bytes:
         memory = max(plan.memory_bytes, MEMORY_BYTES_MIN)
         # Equal: no swap beside it.
