@@ -172,7 +172,7 @@ class Images:
             raise StartFailed(f"fetching image `{reference}` was broken off", REASON)
         error = pull.task.exception()
         if isinstance(error, EngineError):
-            raise StartFailed(f"cannot fetch image `{reference}`: {_explained(str(error))}", REASON)
+            raise StartFailed(f"cannot fetch image `{reference}`: {explained(str(error))}", REASON)
         if error is not None:
             raise error
 
@@ -183,7 +183,7 @@ class Images:
             registry, _ = docker.auth.resolve_repository_name(name)
         except DockerException as error:
             raise Refusal(f"it names no image: {error}", 0) from error
-        auth = _auth_header(registry, username, password)
+        auth = auth_header(registry, username, password)
         async with streams.pull(self._engine.socket, name, tag or "latest", auth, SILENCE_S) as messages:
             async for message in messages:
                 if message.get("error"):
@@ -206,7 +206,7 @@ def _note(progress: _Progress, message: dict[str, Any]) -> None:
     )
 
 
-def _auth_header(registry: str, username: str, password: str) -> str:
+def auth_header(registry: str, username: str, password: str) -> str:
     """Of the manager's credential, else of `docker login` for the agent's user; empty if there is none."""
     auth: dict[str, Any]
     if username or password:
@@ -223,7 +223,7 @@ def _auth_header(registry: str, username: str, password: str) -> str:
     return base64.urlsafe_b64encode(json.dumps(auth).encode()).decode("ascii")
 
 
-def _explained(words: str) -> str:
+def explained(words: str) -> str:
     """The engine's words, and what to do about those that come often."""
     lower = words.lower()
     if any(sign in lower for sign in _NOT_ALLOWED):
