@@ -11,8 +11,10 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,3 +144,79 @@ def left_behind(home: Path, url: str = URL) -> list[str]:
             found.append(f"network {network['Name']}")
             engine.remove_network(network["Id"])
     return found
+
+
+class OwnEngine:
+    """An engine of a test's own, which it may stop and start: without a bridge, so that it is in nobody's
+    way."""
+
+    def __init__(self, folder: Path, *, live_restore: bool) -> None:
+        self._folder = folder
+        self.url = f"unix://{folder}/docker.sock"
+        self._options = ["--live-restore"] if live_restore else []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        places = {
+            "--data-root": self._folder / "data",
+            "--exec-root": self._folder / "exec",
+            "--pidfile": self._folder / "pid",
+            "--host": self.url,
+        }
+        words = [f"{name}={value}" for name, value in places.items()]
+        with open(self._folder / "log", "ab") as log:
+            self._process = subprocess.Popen(
+                ["dockerd", *words, "--bridge=none", "--iptables=false", "--ip6tables=false", *self._options],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        for _ in range(300):
+            if _answers(self.url.removeprefix("unix://")):
+                return
+            time.sleep(0.1)
+        raise AssertionError((self._folder / "log").read_text()[-2000:])
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(60)
+
+    def copy_image(self) -> None:
+        """Gives it a small image, `dure-test-small:1`, of one program of the tests' image."""
+        with client() as one, client(self.url) as other:
+            made = one.create_container(IMAGE, ["true"])
+            try:
+                pieces, _ = one.get_archive(made, "/usr/bin/busybox")
+                other.import_image_from_data(b"".join(pieces), repository="dure-test-small", tag="1")
+            finally:
+                one.remove_container(made, force=True)
+
+
+def _answers(path: str) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(5.0)
+            probe.connect(path)
+            probe.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            return b" 200 " in probe.recv(100)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def own(folder: Path, *, live_restore: bool) -> Iterator[OwnEngine]:
+    engine = OwnEngine(folder, live_restore=live_restore)
+    engine.start()
+    try:
+        engine.copy_image()
+        yield engine
+    finally:
+        engine.stop()
+        # An engine that was killed in between leaves mounts, which would keep the folder.
+        for line in reversed(Path("/proc/mounts").read_text(encoding="utf-8").splitlines()):
+            where = line.split()[1]
+            if where.startswith(f"{folder}/"):
+                subprocess.run(["umount", "-l", where], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
