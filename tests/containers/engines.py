@@ -147,8 +147,8 @@ def left_behind(home: Path, url: str = URL) -> list[str]:
 
 
 class OwnEngine:
-    """An engine of a test's own, which it may stop and start: without a bridge, so that it is in nobody's
-    way."""
+    """An engine of a test's own, which it may stop and start. It is in a network namespace of its own, for an
+    engine without a bridge removes the bridge of others, and has no bridge: containers have that network."""
 
     def __init__(self, folder: Path, *, live_restore: bool) -> None:
         self._folder = folder
@@ -167,7 +167,16 @@ class OwnEngine:
         words = [f"{name}={value}" for name, value in places.items()]
         with open(self._folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                ["dockerd", *words, "--bridge=none", "--iptables=false", "--ip6tables=false", *self._options],
+                [
+                    "unshare",
+                    "--net",
+                    "dockerd",
+                    *words,
+                    "--bridge=none",
+                    "--iptables=false",
+                    "--ip6tables=false",
+                    *self._options,
+                ],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

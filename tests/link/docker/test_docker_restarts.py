@@ -15,7 +15,7 @@ from test_agent_clusters import free_port, session
 
 from dure.fleet.v1 import fleet_pb2
 
-HEALTHY, RUNNING = fleet_pb2.KERNEL_HEALTH_HEALTHY, fleet_pb2.KERNEL_PHASE_RUNNING
+RUNNING = fleet_pb2.KERNEL_PHASE_RUNNING
 SERVE = ["/busybox", "httpd", "-f", "-p", "{port}"]
 
 
@@ -28,10 +28,10 @@ def test_an_engine_that_is_started_anew(tmp_path: Path, live_restore: bool) -> N
 
     async def run(engine: engines.OwnEngine) -> None:
         async with node(tmp_path, engine=engine.url) as (manager, _):
-            # On the network of the node: that is all that this engine has.
+            # On the network of the node: that is all that this engine has. It cannot be reached from here.
             spec = session("s", 2, free_port(), SERVE, image="dure-test-small:1")[0]
             manager.want(spec)
-            before = await manager.healthy(spec.uid)
+            before = await manager.status(spec.uid, lambda s: s.phase == RUNNING and s.pid > 0)
             heartbeats = manager.heartbeats
             await asyncio.to_thread(engine.stop)
             assert alive(before.pid) is live_restore
