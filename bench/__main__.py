@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from bench import firing, forwarding, llama, measuring, readiness, scaling, stepload, waking
+from bench import containers, firing, forwarding, llama, measuring, readiness, scaling, stepload, waking
 
 BENCHMARKS = {
     "readiness": readiness.main,
     "forwarding": forwarding.main,
     "measuring": measuring.main,
+    "containers": containers.main,
     "scaling": scaling.main,
     "firing": firing.main,
     "waking": waking.main,

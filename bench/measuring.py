@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dure.agent.backends.base import Handle, Plan
+from dure.agent.backends.base import Backend, Handle, Plan
 from dure.agent.backends.process import ProcessBackend
 from dure.agent.counts import Counts
 from dure.agent.measurer import Measurer
@@ -22,6 +22,10 @@ from dure.fleet.v1 import fleet_pb2
 # Sessions, time between rounds in ms, time that is measured in s, and the bound in percent of a core.
 CASES = ((50, 5_000, 20.0, 1.0), (200, 1_000, 10.0, 10.0))
 STARTS_AT_ONCE = 8
+
+
+def silent(_: str, __: fleet_pb2.ImagePull | None) -> None:
+    """What a start says is not asked here."""
 
 
 async def start(backend: ProcessBackend, folder: Path, number: int) -> Handle:
@@ -42,7 +46,8 @@ async def start(backend: ProcessBackend, folder: Path, number: int) -> Handle:
             cpu_milli=100,
             memory_bytes=64 * 2**20,
             stop_grace_s=0.0,
-        )
+        ),
+        silent,
     )
     seen = None
     while seen is None or not seen.started_at_s:
@@ -51,7 +56,7 @@ async def start(backend: ProcessBackend, folder: Path, number: int) -> Handle:
     return handle
 
 
-async def cost(backend: ProcessBackend, handles: list[Handle], interval_ms: int, span_s: float) -> float:
+async def cost(backend: Backend, handles: list[Handle], interval_ms: int, span_s: float) -> float:
     """Percent of a core."""
     kernels = [
         (fleet_pb2.KernelSpec(uid=handle.uid, slots={"cpu": 100, "mem": 64 * 2**20 * 1000}), handle)

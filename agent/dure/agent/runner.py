@@ -43,6 +43,7 @@ from dure.agent.starts import Start
 from dure.agent.storage import ManagerStorage
 from dure.fleet.v1 import fleet_pb2
 from dure.wire.backoff import backoff_s
+from dure.wire.errors import DureError, ManagerUnreachable, TimedOut
 from dure.wire.tracing import Tracing
 
 LOG_TAIL_BYTES = 4096
@@ -329,7 +330,17 @@ class Runner:
         )
 
     async def _credential(self) -> tuple[str, str]:
-        return await self._node.storage.image_credential(self.spec.uid)
+        attempt = 0
+        while True:
+            try:
+                return await self._node.storage.image_credential(self.spec.uid)
+            except (ManagerUnreachable, TimedOut):
+                attempt += 1
+                self._say("waiting for the manager, for the credential of its image's registry")
+            except DureError as error:
+                message = f"cannot get the credential for image `{self.spec.image}`: {error}"
+                raise StartFailed(message, "IMAGE_FAILED") from error
+            await asyncio.sleep(backoff_s(attempt, first_s=0.2, max_s=5.0, jitter=0.0))
 
     def _pin(self) -> numa.Pin:
         granted = [self._node.devices[grant.device] for grant in self.spec.devices]

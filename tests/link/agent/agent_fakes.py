@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import grpc.aio
@@ -77,6 +78,9 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         self.fetched: list[tuple[str, int]] = []
         self.cut_fetch_after: int | None = None
         self.credentials: dict[str, str] = {}
+        # User and password for the registries of images, and the kernels for which they were asked.
+        self.image_credential = ("", "")
+        self.credential_asked: list[str] = []
         self.answers: dict[str, Answer] = {}
         self._outbox: asyncio.Queue[fleet_pb2.ConnectResponse] | None = None
         self._server: grpc.aio.Server | None = None
@@ -182,6 +186,11 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         answer = self.ask_log(uid, **wanted)
         await self.until(lambda: answer.complete)
         return [text.decode() for _, text in answer.lines]
+
+    async def GetImageCredential(self, request, context):
+        self.credential_asked.append(request.kernel_uid)
+        username, password = self.image_credential
+        return fleet_pb2.GetImageCredentialResponse(username=username, password=password)
 
     async def GetFolderManifest(self, request, context):
         folder = self.storage / request.folder_uid
@@ -328,7 +337,9 @@ async def cluster(
         finally:
             if agent.process is not None and agent.process.returncode is None:
                 await agent.end(signal.SIGTERM)
-            cleaner = AgentProcess(tmp_path / "data", manager, "--stop-sessions", prefix=prefix)
+            cleaner = AgentProcess(
+                tmp_path / "data", manager, *_backend(arguments), "--stop-sessions", prefix=prefix
+            )
             await cleaner.start()
             assert cleaner.process is not None
             assert await cleaner.process.wait() == 0
@@ -337,6 +348,11 @@ async def cluster(
     assert processes_of(tmp_path) == []
     text = agent.log.read_text() if agent.log.exists() else ""
     assert "Traceback" not in text, text
+
+
+def _backend(arguments: Sequence[str]) -> list[str]:
+    """The options among them that say what runs kernels."""
+    return [word for pair in pairwise(arguments) if pair[0] in ("--backend", "--engine") for word in pair]
 
 
 def processes_of(tmp_path: Path) -> list[str]:

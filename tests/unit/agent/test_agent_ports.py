@@ -99,3 +99,38 @@ def test_wrong_ranges_are_refused(text: str) -> None:
 
 def test_a_range_has_both_ends() -> None:
     assert ports.parse_range("20000-20001") == range(20000, 20002)
+
+
+@given(
+    st.dictionaries(
+        st.integers(20000, 20199),
+        st.builds(Lease, st.sampled_from("abc"), st.none() | st.floats(0, 2000)),
+        max_size=150,
+    ),
+    st.integers(19990, 20210),
+    st.integers(1, 200),
+)
+def test_an_engine_chooses_only_among_ports_that_nobody_has(
+    leases: dict[int, Lease], cursor: int, size: int
+) -> None:
+    """A row is offered whenever there is a free port, as long a one as there is; what is claimed is had."""
+    table, everyone, now = Table(leases, cursor), range(20000, 20000 + size), 2000.0
+
+    def usable(port: int) -> bool:
+        held = leases.get(port)
+        return held is None or (held.released_at is not None and now - held.released_at >= REST_S)
+
+    if not any(map(usable, everyone)):
+        with pytest.raises(NoPort):
+            ports.gap(table, everyone, now)
+        return
+    row = ports.gap(table, everyone, now)
+    assert 1 <= len(row) <= ports.GAP_MAX and row.step == 1
+    assert all(port in everyone and usable(port) for port in row)
+    after = ports.claim(table, "new", row[-1])
+    assert after.leases[row[-1]] == Lease("new") and row[-1] not in ports.gap(
+        Table({**after.leases, 30000: Lease("x")}, after.cursor), range(20000, 20400), now
+    )
+    # It has one port only.
+    again = ports.claim(after, "new", 20399)
+    assert [port for port, held in again.leases.items() if held.owner == "new"] == [20399]

@@ -65,6 +65,8 @@ class _Kernel:
 
     log: LogCopy
     container: str = ""
+    # Whose network it may have a part in.
+    session: str = ""
     seen: Seen | None = None
     begun_s: float = 0.0
     stopping: bool = False
@@ -86,6 +88,8 @@ class DockerBackend:
         self._watch = Watch(self._engine)
         self._kernels: dict[str, _Kernel] = {}
         self._table = accounting.ProcessTable()
+        # Kernels that had a container when this agent began; None before that was looked at.
+        self._found: frozenset[str] | None = None
         self._gpus = ""
         self._hard_limits: Mapping[str, int] = {}
 
@@ -139,7 +143,7 @@ class DockerBackend:
 
     async def find(self) -> list[fleet_pb2.KernelSpec]:
         specs = []
-        for listed in await self._own():
+        for listed in await self._insist(self._own):
             spec = labels.spec_of(listed["Labels"])
             if spec is None:
                 _log.warning(
@@ -148,11 +152,22 @@ class DockerBackend:
                 await self._remove(listed["Id"])
             else:
                 specs.append(spec)
+        self._found = frozenset(spec.uid for spec in specs)
         return specs
 
     async def start(self, plan: Plan, tell: Tell) -> None:
         container = plan.container
         assert container is not None, "a contained kernel has one"
+        self._watch.expect(plan.handle.uid)
+        try:
+            await self._start(plan, container, tell)
+        except Refusal as error:
+            raise starting.failed(str(error), plan) from error
+        except NoAnswer as error:
+            raise StartFailed(f"{error}: it could not be started on this node") from error
+
+    async def _start(self, plan: Plan, container: Container, tell: Tell) -> None:
+        """Raises StartFailed, or EngineError."""
         spec = container.spec
         image = await self._images.provide(spec.image, spec.image_pull_policy, container.credential, tell)
         if not request.command(plan, image):
@@ -164,18 +179,17 @@ class DockerBackend:
         # Of a start that was broken off.
         for listed in await self._of(handle.uid):
             await self._remove(listed["Id"])
-        kernel = self._kernels[handle.uid] = _Kernel(self._log_of(handle))
+        kernel = self._kernels[handle.uid] = _Kernel(self._log_of(handle), session=spec.session_uid)
         binds, checks = await asyncio.to_thread(self._prepare, plan)
         try:
             network = await self._networks.provide(spec, self._known_owner()) if container.names else ""
             await self._create_and_begin(plan, container, image, binds, network, kernel)
+            if container.strict:
+                await asyncio.to_thread(_refuse_superuser, kernel.seen.pid if kernel.seen else 0)
             await asyncio.to_thread(_same, checks, kernel.seen.pid if kernel.seen else 0)
             if plan.actions:
                 passing = gate.Gate(self._engine, kernel.container, plan, self._environ(plan), kernel.log)
                 await passing.pass_through(request.command(plan, image), tell)
-        except Refusal as error:
-            await self._discard(kernel)
-            raise starting.failed(str(error), plan) from error
         except BaseException:
             await self._discard(kernel)
             raise
@@ -190,13 +204,17 @@ class DockerBackend:
         if (handle.folder / "exit.json").exists():
             return True
         kept = read_json(str(handle.folder / "docker.json"))
+        if kept is None and self._found is not None and handle.uid not in self._found:
+            # New: an engine that hangs is found out by its start.
+            return False
         found = await self._insist(lambda: self._look(handle.uid))
         if found is None:
             if kept is None:
                 return False
             self.write_exit(handle, _gone(kept))
             return True
-        kernel = _Kernel(self._log_of(handle), found.id, found)
+        session = found.labels.get(labels.SESSION, "")
+        kernel = _Kernel(self._log_of(handle), found.id, session, found)
         self._kernels[handle.uid] = kernel
         if not found.running and not found.started_s:
             await self._insist(lambda: self._remove(found.id))
@@ -214,6 +232,7 @@ class DockerBackend:
         return True
 
     async def wait(self, handle: Handle, seen: Observation | None) -> Observation:
+        self._watch.expect(handle.uid)
         while True:
             observation = await self._observe(handle)
             if observation is not None and observation != seen:
@@ -267,7 +286,7 @@ class DockerBackend:
         kernel = self._kernels.pop(handle.uid, None)
         if kernel is not None:
             await kernel.log.close()
-        session = ""
+        session = kernel.session if kernel is not None else ""
         for listed in await self._of(handle.uid):
             session = listed["Labels"].get(labels.SESSION, "")
             await self._remove(listed["Id"])
@@ -337,26 +356,27 @@ class DockerBackend:
         elif request.has_own_command(plan):
             values = {"model_path": plan.model_path, "port": str(plan.port)}
             words = tuple(fill(word, values) for word in request.command(plan, image))
-        own_port = 0 if container.shares_network else plan.port
+        at = await asyncio.to_thread(node.publish_at, container.host)
         ports = range(0) if container.shares_network else await container.free_ports()
         body = request.body(
             plan,
             container,
             image,
-            request.Node(node.publish_at(container.host), ports, self._gpus, self._hard_limits),
+            request.Node(at, ports, self._gpus, self._hard_limits),
             labels=labels.labels(
                 container.spec,
                 self._known_owner(),
                 container.agent,
                 boot_id(),
-                own_port,
-                bool(plan.actions),
+                port=plan.port,
+                own_network=not container.shares_network,
+                gated=bool(plan.actions),
             ),
             binds=binds,
             command=words,
             network=network,
         )
-        name = f"dure-{container.spec.endpoint}-{plan.handle.uid[-12:]}"
+        name = f"dure-{container.spec.endpoint}-{plan.handle.uid[-12:]}-{self._known_owner().mark}"
         made = await self._engine.call(
             lambda client: client.create_container_from_config(body, name), SLOW_S, whole=True
         )
@@ -567,6 +587,22 @@ def _same(checks: Sequence[tuple[int, str]], pid: int) -> None:
             raise StartFailed(f"cannot look at the folder that appears at {target}: {error}") from error
         if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino):
             raise StartFailed(f"the folder for {target} was exchanged while it was mounted", "FOLDER_FAILED")
+
+
+def _refuse_superuser(pid: int) -> None:
+    """Raises StartFailed if a process of a strict kernel is the superuser: of the user's name that an image
+    has, only its own table tells the number."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        # Over already.
+        return
+    line = next(line for line in status.splitlines() if line.startswith("Uid:"))
+    if "0" in line.split()[1:]:
+        raise StartFailed(
+            "the user of its image is the superuser by another name, which its security profile `strict` "
+            "does not allow: use an image with another user, or one that names none"
+        )
 
 
 def _wait_for_exec(pid: int) -> None:

@@ -30,6 +30,8 @@ OPEN_LIMIT_S = 15.0
 WAITING = ("/bin/sh", "-c", f"read -r _ < {GATE}/gate && . {GATE}/start")
 _WRITE = 'cat "$1" {redirect} "$2" && chmod "$3" "$2"'
 _STDERR = 2
+# What init leaves with if it cannot run the shell.
+_NOT_RUN = (126, 127)
 
 
 class ActionFailed(Exception):
@@ -88,6 +90,7 @@ class Gate:
             except TimeoutError as error:
                 raise self._failed(index, name, f"it ran longer than {ACTION_LIMIT_S:g} s") from error
             except ActionFailed as error:
+                await self._still_waits()
                 raise self._failed(index, name, str(error)) from error
             if action["ref"]:
                 self._values |= {action["ref"] + suffix: value for suffix, value in result.items()}
@@ -97,6 +100,17 @@ class Gate:
         sentence = f"pre-start action {index} ({name}) failed: {message}"
         self._log.write(f"{sentence}\n".encode())
         return StartFailed(sentence, "ACTION_FAILED")
+
+    async def _still_waits(self) -> None:
+        """Raises StartFailed if the container has ended, for whatever was to be done in it cannot be done
+        then."""
+        state = (await self._engine.call(lambda client: client.inspect_container(self._container)))["State"]
+        if state["Running"]:
+            return
+        code = int(state["ExitCode"])
+        if code in _NOT_RUN:
+            raise StartFailed("pre-start actions need /bin/sh in the image, which cannot be run there")
+        raise StartFailed(f"its container ended with code {code} before the pre-start actions did")
 
     async def _open(self, command: Sequence[str]) -> None:
         words = shlex.join(fill(word, self._values) for word in command)
@@ -111,7 +125,8 @@ class Gate:
                 # Nobody reads yet: the shell is being started.
                 if asyncio.get_running_loop().time() > deadline_s:
                     raise StartFailed("its container did not wait for the pre-start actions") from error
-                await asyncio.sleep(0.02)
+                await self._still_waits()
+                await asyncio.sleep(0.05)
                 continue
             try:
                 os.write(descriptor, b"go\n")

@@ -33,7 +33,16 @@ LAYERS_MAX = 256
 REASON = "IMAGE_FAILED"
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _ALWAYS, _NEVER = fleet_pb2.IMAGE_PULL_POLICY_ALWAYS, fleet_pb2.IMAGE_PULL_POLICY_NEVER
+_NOT_ALLOWED = ("unauthorized", "denied", "authentication required", "no basic auth credentials")
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Progress:
+    """How far a fetch is; `changes` counts what was heard of it."""
+
+    layers: OrderedDict[str, fleet_pb2.ImageLayer] = field(default_factory=OrderedDict)
+    changes: int = 0
 
 
 @dataclass(eq=False)
@@ -41,9 +50,8 @@ class _Pull:
     """A fetch that goes on."""
 
     task: asyncio.Task[None]
-    layers: OrderedDict[str, fleet_pb2.ImageLayer]
+    progress: _Progress
     waiting: int = 0
-    moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Images:
@@ -128,67 +136,77 @@ class Images:
         finally:
             pull.waiting -= 1
             if not pull.waiting and not pull.task.done():
+                # Whoever comes from now on begins anew.
+                self._forget(reference, pull)
                 pull.task.cancel()
                 await asyncio.wait([pull.task])
 
     def _begin(self, reference: str, username: str, password: str) -> _Pull:
-        layers: OrderedDict[str, fleet_pb2.ImageLayer] = OrderedDict()
-        task = asyncio.create_task(self._pull(reference, username, password), name=f"pull {reference}")
-        pull = self._pulls[reference] = _Pull(task, layers)
+        progress = _Progress()
+        task = asyncio.create_task(
+            self._pull(reference, username, password, progress), name=f"pull {reference}"
+        )
+        pull = self._pulls[reference] = _Pull(task, progress)
 
         def over(_: asyncio.Task[None]) -> None:
-            self._pulls.pop(reference, None)
-            pull.moved.set()
+            self._forget(reference, pull)
             if not task.cancelled():
                 task.exception()
 
         task.add_done_callback(over)
         return pull
 
+    def _forget(self, reference: str, pull: _Pull) -> None:
+        if self._pulls.get(reference) is pull:
+            del self._pulls[reference]
+
     async def _wait(self, reference: str, pull: _Pull, tell: Tell) -> None:
+        told = 0
         while not pull.task.done():
             await asyncio.wait([pull.task], timeout=TELL_S)
-            if pull.moved.is_set():
-                shown = fleet_pb2.ImagePull(image=reference, layers=list(pull.layers.values())[:LAYERS_MAX])
-                tell(f"fetching image {reference}", shown)
-            await asyncio.sleep(0)
+            if pull.progress.changes != told:
+                told = pull.progress.changes
+                layers = list(pull.progress.layers.values())[:LAYERS_MAX]
+                tell(f"fetching image {reference}", fleet_pb2.ImagePull(image=reference, layers=layers))
         if pull.task.cancelled():
             raise StartFailed(f"fetching image `{reference}` was broken off", REASON)
         error = pull.task.exception()
         if isinstance(error, EngineError):
-            raise StartFailed(f"cannot fetch image `{reference}`: {_explained(str(error))}", REASON)
+            raise StartFailed(f"cannot fetch image `{reference}`: {explained(str(error))}", REASON)
         if error is not None:
             raise error
 
-    async def _pull(self, reference: str, username: str, password: str) -> None:
+    async def _pull(self, reference: str, username: str, password: str, progress: _Progress) -> None:
         """Raises EngineError."""
         name, tag = docker.utils.parse_repository_tag(reference)
-        registry, _ = docker.auth.resolve_repository_name(name)
-        auth = _auth_header(registry, username, password)
+        try:
+            registry, _ = docker.auth.resolve_repository_name(name)
+        except DockerException as error:
+            raise Refusal(f"it names no image: {error}", 0) from error
+        auth = auth_header(registry, username, password)
         async with streams.pull(self._engine.socket, name, tag or "latest", auth, SILENCE_S) as messages:
             async for message in messages:
                 if message.get("error"):
                     raise Refusal(str(message["error"]), 0)
-                self._note(reference, message)
-
-    def _note(self, reference: str, message: dict[str, Any]) -> None:
-        pull = self._pulls.get(reference)
-        if pull is None or "status" not in message:
-            return
-        detail = message.get("progressDetail") or {}
-        layer_id = str(message.get("id") or "")
-        # The first message has the tag for its id.
-        if layer_id and not str(message["status"]).startswith("Pulling from"):
-            pull.layers[layer_id] = fleet_pb2.ImageLayer(
-                id=layer_id[:64],
-                status=str(message["status"])[:64],
-                current_bytes=int(detail.get("current") or 0),
-                total_bytes=int(detail.get("total") or 0),
-            )
-            pull.moved.set()
+                _note(progress, message)
 
 
-def _auth_header(registry: str, username: str, password: str) -> str:
+def _note(progress: _Progress, message: dict[str, Any]) -> None:
+    layer_id, status = str(message.get("id") or ""), str(message.get("status") or "")
+    # The first message has the tag for its id.
+    if not layer_id or not status or status.startswith("Pulling from"):
+        return
+    detail = message.get("progressDetail") or {}
+    progress.changes += 1
+    progress.layers[layer_id] = fleet_pb2.ImageLayer(
+        id=layer_id[:64],
+        status=status[:64],
+        current_bytes=int(detail.get("current") or 0),
+        total_bytes=int(detail.get("total") or 0),
+    )
+
+
+def auth_header(registry: str, username: str, password: str) -> str:
     """Of the manager's credential, else of `docker login` for the agent's user; empty if there is none."""
     auth: dict[str, Any]
     if username or password:
@@ -205,10 +223,10 @@ def _auth_header(registry: str, username: str, password: str) -> str:
     return base64.urlsafe_b64encode(json.dumps(auth).encode()).decode("ascii")
 
 
-def _explained(words: str) -> str:
+def explained(words: str) -> str:
     """The engine's words, and what to do about those that come often."""
     lower = words.lower()
-    if "unauthorized" in lower or "denied" in lower or "authentication required" in lower:
+    if any(sign in lower for sign in _NOT_ALLOWED):
         return f"{words}; is it spelled right? If it is private: `dure registry set HOST --username USER`"
     if "not found" in lower or "manifest unknown" in lower:
         return f"{words}; is it spelled right, and is there such a tag?"

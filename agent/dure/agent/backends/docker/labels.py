@@ -7,7 +7,8 @@ engine says of it.
     dure.spec        the kernel's spec, without keys, base64; dure.spec-sha256 of the same
     dure.boot        the machine's boot in which it was made
     dure.gated       whether it waits for pre-start actions before its command
-    dure.port        the port that its command binds; 0 where it has the node's network
+    dure.port        the port that its command binds in a network of its own, empty if it has none
+    dure.leased-port the one that it binds in the node's network, empty if it has its own
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ AGENT, HOME, KERNEL, SESSION, BOOT = (
     "dure.session",
     "dure.boot",
 )
-SPEC, SPEC_HASH, GATED, PORT = "dure.spec", "dure.spec-sha256", "dure.gated", "dure.port"
+SPEC, SPEC_HASH, GATED = "dure.spec", "dure.spec-sha256", "dure.gated"
+PORT, LEASED = "dure.port", "dure.leased-port"
 # The engine's word for "never".
 _NEVER = "0001-01-01T00:00:00Z"
 
@@ -49,6 +51,11 @@ class Owner:
         return {AGENT: self.agent_uid, HOME: self.home}
 
     @property
+    def mark(self) -> str:
+        """Six characters for names on the engine, on which agents may meet whose kernels have one uid."""
+        return hashlib.sha256(f"{self.agent_uid} {self.home}".encode()).hexdigest()[:6]
+
+    @property
     def filters(self) -> list[str]:
         """The same as the engine's filters take it."""
         return [f"{key}={value}" for key, value in self.labels.items()]
@@ -56,8 +63,8 @@ class Owner:
 
 @dataclass(frozen=True)
 class Seen:
-    """A container as the engine tells of it. `started_s` is Unix time, 0 if it never ran; `port` is the
-    published one, 0 if none is."""
+    """A container as the engine tells of it. `started_s` is Unix time, 0 if it never ran; `port` is
+    where the node reaches it: the published one, or that of the node which it binds itself; 0 if unknown."""
 
     id: str
     status: str
@@ -86,9 +93,16 @@ class Seen:
 
 
 def labels(
-    spec: fleet_pb2.KernelSpec, owner: Owner, agent: str, boot_id: str, port: int, gated: bool
+    spec: fleet_pb2.KernelSpec,
+    owner: Owner,
+    agent: str,
+    boot_id: str,
+    *,
+    port: int,
+    own_network: bool,
+    gated: bool,
 ) -> dict[str, str]:
-    """The labels of a new container."""
+    """The labels of a new container, whose command binds the port."""
     kept = fleet_pb2.KernelSpec()
     kept.CopyFrom(spec)
     kept.ClearField("ssh_keys")
@@ -107,7 +121,8 @@ def labels(
         SPEC_HASH: hashlib.sha256(data).hexdigest(),
         BOOT: boot_id,
         GATED: "1" if gated else "",
-        PORT: str(port),
+        PORT: str(port) if own_network else "",
+        LEASED: "" if own_network else str(port),
     }
 
 
@@ -135,7 +150,8 @@ def seen(inspected: Mapping[str, Any]) -> Seen:
         exit_code=int(state.get("ExitCode") or 0),
         oom=bool(state.get("OOMKilled")),
         error=str(state.get("Error") or ""),
-        port=_published(inspected.get("NetworkSettings") or {}, labels.get(PORT, "0")),
+        port=int(labels.get(LEASED) or 0)
+        or _published(inspected.get("NetworkSettings") or {}, labels.get(PORT, "")),
         stop_signal=str(config.get("StopSignal") or "SIGTERM"),
         labels=labels,
     )

@@ -25,7 +25,7 @@ class Networks:
         """Name of the session's network; empty for a session that spans nodes. Raises EngineError."""
         if not spec.cluster.one_node:
             return ""
-        name = f"dure-{spec.session_uid}"
+        name = f"dure-{spec.session_uid}-{owner.mark}"
         async with self._locks[spec.session_uid]:
             if not await self._find(owner, f"{SESSION}={spec.session_uid}"):
                 await self._engine.call(

@@ -50,7 +50,7 @@ class Node:
 def user(image: Image, strict: bool) -> str:
     """Whom its command runs as; empty for the superuser of the image."""
     name = image.user.partition(":")[0]
-    if name not in ("", "root", "0"):
+    if name not in ("", "root") and not (name.isdecimal() and int(name) == 0):
         return image.user
     return STRICT_USER if strict else ""
 

@@ -29,11 +29,17 @@ def by_init(code: int, log_tail: str) -> str:
     return f"cannot start `{name}`: {why}" if name else f"cannot start the command: {why}"
 
 
+def port_is_taken(said: str) -> bool:
+    """Whether the engine says that a port of the node is somebody else's."""
+    lower = said.lower()
+    return "port is already allocated" in lower or "address already in use" in lower
+
+
 def failed(said: str, plan: Plan) -> StartFailed:
     """From the engine's whole sentence; its innermost words stay in what users read."""
     words = said.rpartition("caused: ")[2].removesuffix(": unknown").strip()
     lower = words.lower()
-    if "port is already allocated" in lower or "address already in use" in lower:
+    if port_is_taken(words):
         return StartFailed(words, "PORT_FAILED")
     if "could not select device driver" in lower or "cdi device" in lower:
         return StartFailed(f"the container engine cannot attach its GPUs: {words}")

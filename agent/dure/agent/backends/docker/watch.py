@@ -30,6 +30,10 @@ class Watch:
         self._events: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._since = f"{time.time():.9f}"
 
+    def expect(self, uid: str) -> None:
+        """From now on nothing that is heard of the kernel's container is lost, whoever asks how late."""
+        self._events[uid]
+
     async def moved(self, uid: str, limit_s: float = LOOK_S) -> None:
         """Until something was heard of the kernel's container since the last call, or `limit_s`."""
         event = self._events[uid]
