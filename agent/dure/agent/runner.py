@@ -202,6 +202,14 @@ class Runner:
         refusal = devices.refusal(self.spec.devices, self._node.devices, self._others())
         if refusal:
             raise StartFailed(refusal)
+        if (
+            self.spec.security_profile == fleet_pb2.SECURITY_PROFILE_STRICT
+            and not self._node.backend.contains
+        ):
+            raise StartFailed(
+                "this node runs sessions without containers, and cannot keep one to the security profile "
+                "`strict`: choose a resource group whose agents run images"
+            )
         model: Path | None = None
         if self.spec.model.folder_uid:
             self._say("getting the model folder")
