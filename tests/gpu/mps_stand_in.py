@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 CONTROL = """
-import os, socket, sys
+import os, socket, sys, time
 pipes = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
 path, pid_file = os.path.join(pipes, "control"), os.path.join(pipes, "nvidia-cuda-mps-control.pid")
 folder = os.path.dirname(os.path.abspath(sys.argv[0]))
@@ -24,6 +24,8 @@ if sys.argv[1:] != ["-d"]:
     line.sendall(sys.stdin.read().encode())
     print(line.recv(4096).decode())
     sys.exit(0)
+while os.path.exists(os.path.join(folder, "hangs")):
+    time.sleep(0.05)
 if os.path.exists(os.path.join(folder, "broken")):
     sys.exit("An error occurred while starting the daemon")
 try:
@@ -72,8 +74,8 @@ else:
 
 
 class MpsNode:
-    """A folder of programs for PATH. A file `broken` keeps daemons from starting, `denied` compute modes from
-    being set."""
+    """A folder of programs for PATH. A file `broken` keeps daemons from starting, with `hangs` they never
+    come so far, `denied` keeps compute modes from being set."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "bin"

@@ -25,6 +25,7 @@ from dure.wire.enforcement import MPS, NONE
 # A back end that hangs takes no longer than this, for all kernels.
 PROCESSES_LIMIT_S, JUDGE_LIMIT_S = 2.0, 4.0
 ASKED_AT_ONCE_MAX = 8
+NOT_IN_TIME = "its processes could not be looked at in time"
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +41,19 @@ class _Case:
     unknown: tuple[str, ...]
     silent: tuple[str, ...]
     healthy: bool
+
+
+def _seen(case: _Case, found: Found) -> Seen:
+    memory = {
+        device: {pid: used for pid, used in by_pid.items() if pid in case.pids}
+        for device, by_pid in found.memory.items()
+    }
+    sharing = frozenset().union(*found.mps.values()) if found.mps else frozenset()
+    return Seen(case.pids, memory, sharing & case.pids)
+
+
+def _by_use(modes: Modes) -> frozenset[str]:
+    return frozenset(name for name, mode in modes.all.items() if mode.by_use)
 
 
 class Guard:
@@ -72,18 +86,23 @@ class Guard:
 
     async def _look(self, found: Found) -> None:
         cases = await self._cases(found)
+        seen = [_seen(case, found) for case in cases]
+        in_time = True
         try:
-            judged = await self._judging.run(lambda: self._judge(cases, found), JUDGE_LIMIT_S)
+            read = await self._judging.run(
+                lambda: [self._read(case, one) for case, one in zip(cases, seen, strict=True)], JUDGE_LIMIT_S
+            )
         except TimeoutError:
-            _log.warning("looking at what kernels do on GPUs takes longer than %g s", JUDGE_LIMIT_S)
-            return
+            # A process that hangs within the kernel takes who reads its maps along. The watchdog goes on.
+            read, in_time = [dict.fromkeys(_by_use(self._modes), NOT_IN_TIME) for _ in cases], False
         now_s = time.monotonic()
-        for case, (standing, ended) in zip(cases, judged, strict=True):
+        for case, one, answers in zip(cases, seen, read, strict=True):
             if case.runner.ended:
                 continue
+            standing = self._standing(case, one, answers)
             if case.pids and case.runner.spec.devices:
                 case.runner.show_enforcement(standing.mode, standing.detail)
-            ended = ended or self._missed(case, standing, now_s)
+            ended = self._exceeded(case, one) or self._missed(case, standing, in_time, now_s)
             if ended is not None:
                 self._condemn(case.runner.spec.uid, ended)
         await self._forget()
@@ -133,47 +152,43 @@ class Guard:
                     task.cancel()
         return dict(seen)
 
-    def _judge(self, cases: Sequence[_Case], found: Found) -> list[tuple[Standing, Ended | None]]:
-        """In a thread: modes read what the kernel tells of processes."""
-        return [self._judge_one(case, found) for case in cases]
+    def _read(self, case: _Case, seen: Seen) -> dict[str, str]:
+        """In a thread: what the mode says that the kernel was prepared for, if that is told by processes."""
+        mode = case.prepared.mode
+        if mode not in _by_use(self._modes) or case.unknown:
+            return {}
+        if case.silent:
+            return {mode: f"the driver does not tell which processes use {', '.join(case.silent)}"}
+        problem = self._modes.all[mode].verify(case.held, seen)
+        return {mode: problem or ("" if seen.using else choice.NOT_USED_YET)}
 
-    def _judge_one(self, case: _Case, found: Found) -> tuple[Standing, Ended | None]:
-        memory = {
-            device: {pid: used for pid, used in by_pid.items() if pid in case.pids}
-            for device, by_pid in found.memory.items()
-        }
-        sharing = frozenset().union(*found.mps.values()) if found.mps else frozenset()
-        seen = Seen(case.pids, memory, sharing & case.pids)
-        answers = [
-            (mode, self._verify(mode, case, seen))
-            for mode in choice.below(case.prepared.mode, self._modes.watches)
-        ]
-        ended = None
+    def _standing(self, case: _Case, seen: Seen, read: Mapping[str, str]) -> Standing:
+        answers = []
+        for mode in choice.below(case.prepared.mode, self._modes.watches):
+            if mode != NONE and case.unknown:
+                answers.append((mode, f"{', '.join(case.unknown)} is not on this node now"))
+            else:
+                answers.append(
+                    (mode, read[mode] if mode in read else self._modes.all[mode].verify(case.held, seen))
+                )
+        return choice.standing(answers, case.prepared.why)
+
+    def _exceeded(self, case: _Case, seen: Seen) -> Ended | None:
+        """How a kernel must end that goes beyond its parts."""
         # What it was granted of a device that is not there cannot be told from what it was not.
-        if self._modes.watches and not case.unknown:
-            found_ends = [mode.watch(case.held, seen) for mode in self._modes.all.values()]
-            ended = next((one for one in found_ends if one is not None), None)
-        return choice.standing(answers, case.prepared.why), ended
+        if not self._modes.watches or case.unknown:
+            return None
+        ends = [mode.watch(case.held, seen) for mode in self._modes.all.values()]
+        return next((ended for ended in ends if ended is not None), None)
 
-    def _verify(self, mode: str, case: _Case, seen: Seen) -> str:
-        if mode == NONE:
-            return ""
-        if case.unknown:
-            return f"{', '.join(case.unknown)} is not on this node now"
-        enforcer = self._modes.all[mode]
-        if enforcer.by_use and case.silent:
-            return f"the driver does not tell which processes use {', '.join(case.silent)}"
-        problem = enforcer.verify(case.held, seen)
-        if not problem and enforcer.by_use and not seen.using:
-            return choice.NOT_USED_YET
-        return problem
-
-    def _missed(self, case: _Case, standing: Standing, now_s: float) -> Ended | None:
+    def _missed(self, case: _Case, standing: Standing, in_time: bool, now_s: float) -> Ended | None:
         """How a kernel must end that has been without what it requires for too long."""
         uid, required = case.runner.spec.uid, case.runner.spec.require_enforcement
         if not case.runner.spec.devices or not case.pids:
             return None
-        since_s = choice.lacking_since(required, standing, case.healthy, self._short_since_s.get(uid), now_s)
+        since_s = choice.lacking_since(
+            required, standing, in_time and case.healthy, self._short_since_s.get(uid), now_s
+        )
         if since_s is None:
             self._short_since_s.pop(uid, None)
             return None

@@ -387,6 +387,7 @@ async def _serve(options: Options) -> None:
             await modes.close()
         else:
             await supervisor.detach()
+            await modes.detach()
         await backend.close()
         if traces is not None:
             await traces.close()

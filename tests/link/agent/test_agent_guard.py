@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from pathlib import Path
 
 from dure.agent.accelerators import Found, device
 from dure.agent.backends.base import Ended, Handle
+from dure.agent.enforcement import Held, Seen
+from dure.agent.enforcement.hook import Hook
 from dure.agent.enforcement.modes import Asked, Modes
 from dure.agent.enforcement.mps_daemon import Daemon
-from dure.agent.guard import PROCESSES_LIMIT_S, Guard
+from dure.agent.guard import NOT_IN_TIME, PROCESSES_LIMIT_S, Guard
 from dure.agent.shim.files import write_json
 from dure.agent.waiting import readable
 from dure.fleet.v1 import fleet_pb2
@@ -57,9 +60,9 @@ class World:
         self.engine = Engine()
         self.kernels = list(kernels)
         self.ends: list[tuple[str, Ended]] = []
-        modes = Modes(folder, Asked(), False, self.devices)
+        self.modes = Modes(folder, Asked(), False, self.devices)
         self.guard = Guard(
-            modes,
+            self.modes,
             self.engine,  # type: ignore[arg-type]
             self.devices,
             lambda: self.kernels,  # type: ignore[return-value]
@@ -160,5 +163,41 @@ def test_nothing_is_taken_from_kernels_that_are_not_known_yet(tmp_path: Path) ->
         world.kernels = kernels
         await world.guard.look(world.found())
         assert not daemon.was_started()
+
+    asyncio.run(run())
+
+
+class StuckHook(Hook):
+    """Reads the maps of a process that hangs within the kernel."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(home, None)
+        self.let_go = threading.Event()
+
+    def verify(self, kernel: Held, seen: Seen) -> str:
+        self.let_go.wait(60)
+        return ""
+
+
+def test_a_process_that_cannot_be_looked_at_stops_no_watchdog(tmp_path: Path) -> None:
+    world = World(
+        tmp_path, Kernel("greedy", tmp_path), Kernel("hooked", tmp_path, require_enforcement="hook")
+    )
+    hooked = world.kernels[1]
+    write_json(str(hooked.handle.folder / "enforcement.json"), {"mode": "hook", "why": ""})
+    stuck = StuckHook(tmp_path)
+    world.modes.all = {**world.modes.all, "hook": stuck}
+
+    async def run() -> None:
+        try:
+            for _ in range(2):
+                await world.guard.look(world.found(50, 10))
+            assert [uid for uid, _ in world.ends] == ["greedy"]
+            assert hooked.shown[-1] == ("watchdog", f"hook: {NOT_IN_TIME}")
+        finally:
+            stuck.let_go.set()
+        await asyncio.sleep(0.2)
+        await world.guard.look(world.found(50, 10))
+        assert hooked.shown[-1] == ("hook", "")
 
     asyncio.run(run())

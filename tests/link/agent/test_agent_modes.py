@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from dure.agent.enforcement import CannotHold, Held, Part, Seen
 from dure.agent.enforcement.choice import NOT_USED_YET
 from dure.agent.enforcement.hook import TARGET, Hook
 from dure.agent.enforcement.modes import Asked, Modes
-from dure.agent.enforcement.mps import DEATHS_MAX, Mps
+from dure.agent.enforcement.mps import DEATHS_MAX, MOMENT_S, Mps
 from dure.agent.enforcement.mps import TARGET as PIPES
 from dure.agent.enforcement.mps_daemon import Daemon
 from dure.fleet.v1 import fleet_pb2
@@ -108,7 +109,7 @@ def test_an_mps_daemon_is_started_when_it_is_needed_and_taken_up_by_the_next_age
             assert Daemon.of(short_path, GPU).pid() == pid
             assert mps_node.starts() == [GPU]
         finally:
-            await first.retire(())
+            await first.close()
         assert Daemon.of(short_path, GPU).pid() == 0
         assert mps_node.compute_mode(GPU) == "DEFAULT"
         assert not (short_path / "mps").exists() or not list((short_path / "mps").iterdir())
@@ -133,7 +134,7 @@ def test_an_mps_daemon_that_dies_is_started_again_but_not_for_ever(
                 await mps.inject(kernel(short_path / "k2", 500))
             assert len(mps_node.starts()) == DEATHS_MAX + 1
         finally:
-            await mps.retire(())
+            await mps.close()
 
     asyncio.run(run())
 
@@ -193,7 +194,7 @@ def test_what_mps_cannot_do_is_refused_with_the_reason(short_path: Path, mps_nod
                 mps.forget(frozenset())
                 await mps.inject(stranger)
         finally:
-            await mps.retire(())
+            await mps.close()
 
     asyncio.run(run())
 
@@ -306,3 +307,25 @@ def test_a_device_that_tells_nothing_has_no_enforcement(tmp_path: Path) -> None:
 
 def grant(amount: int, id: str = GPU) -> fleet_pb2.DeviceGrant:
     return fleet_pb2.DeviceGrant(device=id, slot="cuda.shares", amount=amount)
+
+
+def test_a_daemon_that_hangs_holds_up_nobody(short_path: Path, mps_node: MpsNode) -> None:
+    async def run() -> None:
+        mps = Mps(short_path)
+        try:
+            await mps.inject(kernel(short_path / "k1", 500))
+            daemon = Daemon.of(short_path, GPU)
+            await kill(daemon)
+            mps_node.set("hangs")
+            began_s = time.monotonic()
+            assert "takes long" in await mps.probe(gpu(), told=True)
+            assert await mps.probe(gpu(OTHER), told=True) == ""
+            assert time.monotonic() - began_s < MOMENT_S + 2
+            await mps.detach()
+            mps_node.clear("hangs")
+            assert await mps.probe(gpu(), told=True) == ""
+            assert daemon.pid()
+        finally:
+            await mps.close()
+
+    asyncio.run(run())

@@ -69,7 +69,8 @@ class Seen:
 
 
 class Enforcer(Protocol):
-    """A mode. `verify` and `watch` are called from a thread, once a look."""
+    """A mode. `verify` of one that is verified `by_use` is called from a thread, once a look, and may read
+    what the kernel tells of processes; nothing else of a look waits."""
 
     name: str
     # Whether it can only be verified in processes that use a device: a kernel without any is not judged.

@@ -154,9 +154,13 @@ class Modes:
         if self._asked != MPS:
             await self._mps.retire(prepared.get(MPS, ()))
 
+    async def detach(self) -> None:
+        """Lets go of what modes keep running; it goes on."""
+        await self._mps.detach()
+
     async def close(self) -> None:
         """Ends all that modes keep running; for when all kernels are ended."""
-        await self._mps.retire(())
+        await self._mps.close()
 
     async def _choose(self, device: fleet_pb2.Device, told: bool) -> Choice:
         tried = choice.candidates(self._asked, self._has_library, bool(device.parent))

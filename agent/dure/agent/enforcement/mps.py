@@ -10,11 +10,13 @@ said as soon as it shows.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from dure.agent.backends.base import Bind, Ended, Injection, StartFailed
 from dure.agent.enforcement import CannotHold, Held, Seen, mebibytes, percent
@@ -26,6 +28,7 @@ from dure.wire.enforcement import MPS
 # Where a container has the pipes.
 TARGET = "/run/nvidia-mps"
 DEATHS_MAX, DEATHS_WITHIN_S = 5, 600.0
+MOMENT_S = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +48,7 @@ class Mps:
         self._daemons: dict[str, Daemon] = {}
         self._deaths_s: dict[str, list[float]] = {}
         self._reason: dict[str, str] = {}
+        self._under_way: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         # Unix users of the kernels on each GPU, as seen last.
         self._users: dict[str, dict[str, int]] = {}
@@ -70,11 +74,9 @@ class Mps:
         # Nobody needs one that was never started; one that was is kept up.
         if not daemon.was_started():
             return ""
-        try:
-            await self._keep_up(daemon)
-        except DaemonFailed as error:
-            return str(error)
-        return ""
+        if daemon.pid():
+            return ""
+        return await self._in_background(daemon.gpu, lambda: self._keep_up(daemon))
 
     async def inject(self, kernel: Held) -> Injection:
         if len(kernel.parts) != 1:
@@ -86,7 +88,7 @@ class Mps:
             )
         (part,) = kernel.parts
         memory_mib = mebibytes(part)
-        others = {user for uid, user in self._users.get(part.device, {}).items() if uid != kernel.uid}
+        others = {user for uid, user in dict(self._users.get(part.device, {})).items() if uid != kernel.uid}
         if kernel.user is not None and others and kernel.user not in others:
             raise StartFailed(_one_user(kernel.user, min(others), part.device), REASON)
         daemon = self._daemon(part.device)
@@ -132,10 +134,46 @@ class Mps:
         for folder in await asyncio.to_thread(folders, self._home):
             daemon = Daemon.at(folder)
             if daemon is not None and daemon.gpu not in still_used:
-                async with self._lock(daemon.gpu):
-                    await daemon.end()
-                self._daemons.pop(daemon.gpu, None)
-                _log.info("the MPS control daemon of %s was ended: nothing needs it", daemon.gpu)
+                await self._in_background(daemon.gpu, functools.partial(self._retire, daemon))
+
+    async def close(self) -> None:
+        """Ends the daemons of all GPUs, however long that takes; each has its limits."""
+        await self.detach()
+        for folder in await asyncio.to_thread(folders, self._home):
+            daemon = Daemon.at(folder)
+            if daemon is not None:
+                await self._retire(daemon)
+
+    async def detach(self) -> None:
+        """Breaks off what is under way; the next agent goes on with it."""
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._under_way.clear()
+
+    async def _retire(self, daemon: Daemon) -> None:
+        async with self._lock(daemon.gpu):
+            await daemon.end()
+        self._daemons.pop(daemon.gpu, None)
+        _log.info("the MPS control daemon of %s was ended: nothing needs it", daemon.gpu)
+
+    async def _in_background(self, gpu: str, work: Callable[[], Coroutine[Any, Any, None]]) -> str:
+        """Begins it, unless something is under way for the GPU, and waits a moment for its end: a daemon that
+        hangs must not hold up who looks at other GPUs. Empty, or a sentence."""
+        if gpu not in self._under_way:
+            self._under_way[gpu] = asyncio.create_task(work(), name=f"MPS of {gpu}")
+        task = self._under_way[gpu]
+        done, _ = await asyncio.wait({task}, timeout=MOMENT_S)
+        if not done:
+            return "its control daemon takes long to start or to end"
+        del self._under_way[gpu]
+        try:
+            task.result()
+        except (DaemonFailed, OSError) as error:
+            return str(error)
+        return ""
 
     def _daemon(self, gpu: str) -> Daemon:
         if gpu not in self._daemons:
