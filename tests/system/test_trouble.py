@@ -8,7 +8,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 from system.cluster import Cluster, cluster, load, until
+
+BACKENDS = pytest.mark.parametrize("backend", ["process", "docker"])
 
 
 def uids_and_pids(endpoint: dict[str, Any]) -> set[tuple[str, int]]:
@@ -25,7 +28,8 @@ async def wait(condition: Any, seconds: float, what: str) -> Any:
     return await asyncio.to_thread(until, condition, seconds, what)
 
 
-def test_sigkill_of_replica_manager_agent_and_proxy_under_load(tmp_path: Path) -> None:
+@BACKENDS
+def test_sigkill_of_replica_manager_agent_and_proxy_under_load(tmp_path: Path, backend: str) -> None:
     async def run(dure: Cluster) -> None:
         dure.model()
         before = dure.serve("e", 2, "--public")
@@ -70,11 +74,12 @@ def test_sigkill_of_replica_manager_agent_and_proxy_under_load(tmp_path: Path) -
         await wait(lambda: _answers(dure), 20, "the manager is back")
         await wait(lambda: healthy(dure, 2), 20, "all is as it was")
 
-    with cluster(tmp_path / "d") as dure:
+    with cluster(tmp_path / "d", backend=backend) as dure:
         asyncio.run(run(dure))
 
 
-def test_a_dead_agent_is_replaced_first_and_leaves_then(tmp_path: Path) -> None:
+@BACKENDS
+def test_a_dead_agent_is_replaced_first_and_leaves_then(tmp_path: Path, backend: str) -> None:
     async def run(dure: Cluster) -> None:
         dure.model()
         before = dure.serve("e", 2, "--public")
@@ -97,7 +102,7 @@ def test_a_dead_agent_is_replaced_first_and_leaves_then(tmp_path: Path) -> None:
         await wait(lambda: not os.path.exists(f"/proc/{lost['pid']}"), 20, "the old session is stopped")
         assert healthy(dure, 2)
 
-    with cluster(tmp_path / "d", agents=2) as dure:
+    with cluster(tmp_path / "d", agents=2, backend=backend) as dure:
         asyncio.run(run(dure))
 
 
