@@ -197,7 +197,8 @@ async def load(address: str, token: str = "", workers: int = 4) -> AsyncIterator
                 data = None if number % 2 else b"x" * 100
                 async with session.request(method, address, data=data) as response:
                     body = await response.read()
-                    counts[str(response.status) if response.status == 200 else body.decode()[:200]] += 1
+                    told = "200" if response.status == 200 else f"{method}: {body.decode()[:200]}"
+                    counts[told] += 1
             except aiohttp.ClientError as error:
                 counts[f"{method}: {error!r}"[:200]] += 1
             await asyncio.sleep(0.01)
