@@ -47,6 +47,12 @@ def limitations(info: Mapping[str, Any], *, root: bool) -> list[str]:
     return found
 
 
+def chooses_ports(version: Mapping[str, Any]) -> bool:
+    """Whether the engine takes a row of ports to publish one of them: podman takes one port only."""
+    names = [str(part.get("Name", "")) for part in version.get("Components") or ()]
+    return not any("podman" in name.lower() for name in names)
+
+
 def gpus(info: Mapping[str, Any]) -> str:
     """How GPUs are attached; empty if they cannot be. `DURE_GPU_ATTACH=environment` is for engines whose
     default runtime gives the GPUs that the variable NVIDIA_VISIBLE_DEVICES names."""
