@@ -8,7 +8,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,21 @@ LIMIT_S = 150.0
 
 @contextlib.asynccontextmanager
 async def node(
-    tmp_path: Path, *arguments: str, engine: str = engines.URL, limit_s: float = LIMIT_S
+    tmp_path: Path,
+    *arguments: str,
+    engine: str = engines.URL,
+    limit_s: float = LIMIT_S,
+    prefix: Sequence[str] = (),
 ) -> AsyncIterator[tuple[FakeManager, AgentProcess]]:
     """Afterwards nothing of it is left, on the engine neither."""
     home = tmp_path / "data" / "agents" / "node-1"
     try:
         async with cluster(
-            tmp_path, "--backend", "docker", "--engine", engine, *arguments, limit_s=limit_s
+            tmp_path,
+            *("--backend", "docker", "--engine", engine),
+            *arguments,
+            limit_s=limit_s,
+            prefix=prefix,
         ) as (manager, agent):
             yield manager, agent
     finally:

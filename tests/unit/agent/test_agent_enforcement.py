@@ -137,6 +137,14 @@ def test_who_holds_too_much(
     assert found <= used.keys()
 
 
+def test_the_allowance_is_small_on_small_devices_and_nothing_is_said_of_unknown_ones() -> None:
+    small, unknown = Part("small", 500, 1 * GIB), Part("unknown", 500, 0)
+    assert excesses((small,), {"small": {1: GIB // 2 + GIB // 16}}, GIB) == []
+    (found,) = excesses((small,), {"small": {1: GIB // 2 + GIB // 16 + 1}}, GIB)
+    assert (found.device, found.share_bytes) == ("small", GIB // 2)
+    assert excesses((unknown,), {"unknown": {1: 80 * GIB}}, 0) == []
+
+
 @given(st.lists(st.sampled_from(["over", "within", "silent"]), max_size=12))
 def test_only_looks_in_a_row_count(looks: list[str]) -> None:
     part = Part("gpu-0", 500, 80 * GIB)

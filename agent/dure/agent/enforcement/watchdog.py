@@ -3,7 +3,7 @@
 Its neighbours stay. It comes after the fact: a neighbour may have found no memory meanwhile, and computing
 time is not looked at. Each program on a GPU costs its driver some hundred MiB (its context, its kernels) that
 count as the program's; a program told to stay within its share overdraws by that. So an allowance per device
-is on top of the share. It is none for a device that was not granted.
+is on top of the share, less on small devices. It is none for a device that was not granted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dure.wire.quantities import human_bytes
 
 REASON = "GPU_MEMORY_EXCEEDED"
 LOOKS = 2
-ALLOWANCE_MIB = 512
+# At most this, and at most one part in so many of the device.
+ALLOWANCE_MIB, ALLOWANCE_PART = 512, 16
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,16 @@ def excesses(
     for device, by_pid in sorted(used_bytes.items()):
         part = granted.get(device)
         used = sum(by_pid.values())
-        if used > (part.memory_bytes + allowance_bytes if part else 0):
-            found.append(
-                Excess(device, used, part.memory_bytes if part else 0, part.share_milli if part else 0)
-            )
+        if part is None:
+            found += [Excess(device, used, 0, 0)] if used else []
+        # Of one that does not tell how much it has, nobody can hold too much.
+        elif part.device_memory_bytes and used > part.memory_bytes + _allowed(part, allowance_bytes):
+            found.append(Excess(device, used, part.memory_bytes, part.share_milli))
     return found
+
+
+def _allowed(part: Part, allowance_bytes: int) -> int:
+    return min(allowance_bytes, part.device_memory_bytes // ALLOWANCE_PART)
 
 
 def strikes(
@@ -71,6 +77,8 @@ class Watchdog:
     async def probe(self, device: fleet_pb2.Device, told: bool) -> str:
         if device.accelerator != "cuda":
             return "nothing tells what is used of it"
+        if not device.memory_bytes:
+            return "the driver does not tell how much memory it has"
         return "" if told else "the driver does not tell who holds its memory"
 
     async def inject(self, kernel: Held) -> Injection:
