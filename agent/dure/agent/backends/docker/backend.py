@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class DockerBackend:
         # Kernels that had a container when this agent began; None before that was looked at.
         self._found: frozenset[str] | None = None
         self._gpus = ""
+        self._chooses_ports = True
         self._hard_limits: Mapping[str, int] = {}
 
     async def probe(self) -> Abilities:
@@ -100,6 +102,8 @@ class DockerBackend:
                 "not be mounted; set DOCKER_HOST to its socket, such as unix:///var/run/docker.sock"
             )
         info = await self._first_answer()
+        version = await self._engine.call(lambda client: client.version())
+        self._chooses_ports = node.chooses_ports(version)
         self._gpus = await asyncio.to_thread(node.gpus, info)
         self._hard_limits = await asyncio.to_thread(node.hard_limits, self._engine.socket)
         found = node.limitations(info, root=os.geteuid() == 0)
@@ -358,6 +362,9 @@ class DockerBackend:
             words = tuple(fill(word, values) for word in request.command(plan, image))
         at = await asyncio.to_thread(node.publish_at, container.host)
         ports = range(0) if container.shares_network else await container.free_ports()
+        if ports and not self._chooses_ports:
+            one = random.choice(ports)
+            ports = range(one, one + 1)
         body = request.body(
             plan,
             container,

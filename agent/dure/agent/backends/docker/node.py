@@ -12,7 +12,7 @@ from typing import Any
 from dure.agent.backends.docker.request import CDI, ENVIRONMENT, NVIDIA, ULIMITS
 
 # Words of /proc/<pid>/limits.
-_LIMIT_NAMES = {"nofile": "Max open files", "memlock": "Max locked memory"}
+_LIMIT_NAMES = {"nofile": "Max open files", "memlock": "Max locked memory", "nproc": "Max processes"}
 # The processes whose limits containers inherit; the engine's own starts the others where it runs alone.
 _STARTERS = ("dockerd", "containerd")
 _CDI_FOLDERS = ("/etc/cdi", "/var/run/cdi")
@@ -45,6 +45,12 @@ def limitations(info: Mapping[str, Any], *, root: bool) -> list[str]:
     if not root:
         found.append("the agent is not root: it cannot measure all containers, nor remove files of theirs")
     return found
+
+
+def chooses_ports(version: Mapping[str, Any]) -> bool:
+    """Whether the engine takes a row of ports to publish one of them: podman takes one port only."""
+    names = [str(part.get("Name", "")) for part in version.get("Components") or ()]
+    return not any("podman" in name.lower() for name in names)
 
 
 def gpus(info: Mapping[str, Any]) -> str:

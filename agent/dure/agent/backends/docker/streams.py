@@ -87,7 +87,9 @@ async def events(
 ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
     """Starts and ends of containers with the labels (`name=value`), from a time on that is given in Unix
     seconds with a fraction."""
-    filters = {"type": ["container"], "label": list(labels), "event": ["start", "die", "oom", "destroy"]}
+    # Podman's words too, where they are others: `died`, `remove`.
+    words = ["start", "die", "died", "oom", "destroy", "remove"]
+    filters = {"type": ["container"], "label": list(labels), "event": words}
     query = {"filters": json.dumps(filters), "since": since}
     async with opened(socket, "GET", "/events", query=query) as content:
         yield messages(content)
