@@ -25,9 +25,9 @@ from docker.errors import ImageNotFound, NotFound
 
 __all__ = ["IMAGE", "URL", "NotFound"]
 # A new number makes it anew where an older one is there.
-IMAGE = "dure-test:2"
-# `python` as models name it, a shell, and a program that runs anywhere for images of other layers.
-PACKAGES = "python3,python-is-python3,busybox-static"
+IMAGE = "dure-test:3"
+# `python` as models name it, a program that runs anywhere for images of other layers, a library of the model's.
+PACKAGES = "python3,python-is-python3,busybox-static,libgomp1"
 URL = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from containers import engines
 
 DURE = [sys.executable, "-P", "-m", "dure.client.cli.main"]
 HELLO = """
@@ -44,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
     def log_message(self, *args):
         pass
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
@@ -67,6 +68,8 @@ class Cluster:
 
     data_dir: Path
     process: subprocess.Popen[bytes]
+    # What every endpoint needs beside: the image, where sessions are containers.
+    always: tuple[str, ...] = ()
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -117,25 +120,28 @@ class Cluster:
         """A healthy endpoint of the model in folder `m`."""
         slots = ("-r", "cpu=0.2", "-r", "mem=128m", "-r", "cuda.shares=0.25")
         self.dure(
-            *("endpoint", "create", name, "--model", "m", "--replicas", str(replicas), *slots, *args),
+            *("endpoint", "create", name, "--model", "m", "--replicas", str(replicas), *slots),
+            *self.always,
+            *args,
             *("--wait", "--timeout", "60"),
         )
         return self.get(name)
 
 
 @contextlib.contextmanager
-def cluster(data_dir: Path, agents: int = 1) -> Iterator[Cluster]:
-    """Stops it as Ctrl-C does, and checks that nothing of it is left."""
+def cluster(data_dir: Path, agents: int = 1, backend: str = "process", **variables: str) -> Iterator[Cluster]:
+    """Stops it as Ctrl-C does, and checks that nothing of it is left. Agents read variables too."""
+    always = ("--image", engines.provide()) if backend == "docker" else ()
     # A port of an endpoint that was deleted rests for 10 minutes: enough for all tests that share a cluster.
     first = free_ports(102)
     command = [*DURE, "dev", "--data-dir", str(data_dir), "--agents", str(agents)]
     command += ["--manager-port", str(first), "--proxy-admin-port", str(first + 1)]
-    command += ["--proxy-ports", f"{first + 2}-{first + 101}"]
-    environ = {**os.environ, "DURE_CONTEXT_FILE": str(data_dir / "context.toml")}
+    command += ["--proxy-ports", f"{first + 2}-{first + 101}", "--backend", backend]
+    environ = {**os.environ, "DURE_CONTEXT_FILE": str(data_dir / "context.toml"), **variables}
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "dev.log").open("wb") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-    running = Cluster(data_dir, process)
+    running = Cluster(data_dir, process, always)
     try:
         running.dure("doctor", "--wait", "40")
         yield running
@@ -150,6 +156,9 @@ def cluster(data_dir: Path, agents: int = 1) -> Iterator[Cluster]:
                 started.wait(10)
     assert process.returncode == 0, (data_dir / "dev.log").read_text()
     assert processes_of(data_dir) == []
+    if backend == "docker":
+        left = [one for home in (data_dir / "agents").iterdir() for one in engines.left_behind(home)]
+        assert left == []
 
 
 def processes_of(data_dir: Path) -> list[str]:
@@ -188,7 +197,8 @@ async def load(address: str, token: str = "", workers: int = 4) -> AsyncIterator
                 data = None if number % 2 else b"x" * 100
                 async with session.request(method, address, data=data) as response:
                     body = await response.read()
-                    counts[str(response.status) if response.status == 200 else body.decode()[:200]] += 1
+                    told = "200" if response.status == 200 else f"{method}: {body.decode()[:200]}"
+                    counts[told] += 1
             except aiohttp.ClientError as error:
                 counts[f"{method}: {error!r}"[:200]] += 1
             await asyncio.sleep(0.01)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 from system.cluster import Cluster, cluster, load, until
+
+BACKENDS = pytest.mark.parametrize("backend", ["process", "docker"])
 
 
 def uids_and_pids(endpoint: dict[str, Any]) -> set[tuple[str, int]]:
@@ -21,11 +25,22 @@ def healthy(dure: Cluster, count: int) -> dict[str, Any] | None:
     return endpoint if endpoint["status"] == "HEALTHY" and len(good) == count else None
 
 
+def assert_answered(counts: collections.Counter[str], backend: str) -> None:
+    """All requests that could be repeated were. An engine's own proxy takes connections for a moment after a
+    container was killed: what was delivered to it, and must not be repeated, is lost."""
+    failed = {told: count for told, count in counts.items() if told != "200"}
+    if backend == "docker":
+        lost = {told for told in failed if told.startswith("POST") and "upstream_closed" in told}
+        assert sum(failed.pop(told) for told in lost) <= 4, counts
+    assert failed == {}, counts
+
+
 async def wait(condition: Any, seconds: float, what: str) -> Any:
     return await asyncio.to_thread(until, condition, seconds, what)
 
 
-def test_sigkill_of_replica_manager_agent_and_proxy_under_load(tmp_path: Path) -> None:
+@BACKENDS
+def test_sigkill_of_replica_manager_agent_and_proxy_under_load(tmp_path: Path, backend: str) -> None:
     async def run(dure: Cluster) -> None:
         dure.model()
         before = dure.serve("e", 2, "--public")
@@ -50,7 +65,7 @@ def test_sigkill_of_replica_manager_agent_and_proxy_under_load(tmp_path: Path) -
             await wait(lambda: _alive(dure) == 1, 15, "the agent is back")
             after = await wait(lambda: healthy(dure, 2), 20, "it adopted its sessions")
             assert uids_and_pids(after) == uids_and_pids(replaced)
-        assert set(counts) == {"200"}, counts
+        assert_answered(counts, backend)
         assert counts["200"] > 300
 
         # The true exit of one that died while the agent was away.
@@ -70,11 +85,12 @@ def test_sigkill_of_replica_manager_agent_and_proxy_under_load(tmp_path: Path) -
         await wait(lambda: _answers(dure), 20, "the manager is back")
         await wait(lambda: healthy(dure, 2), 20, "all is as it was")
 
-    with cluster(tmp_path / "d") as dure:
+    with cluster(tmp_path / "d", backend=backend) as dure:
         asyncio.run(run(dure))
 
 
-def test_a_dead_agent_is_replaced_first_and_leaves_then(tmp_path: Path) -> None:
+@BACKENDS
+def test_a_dead_agent_is_replaced_first_and_leaves_then(tmp_path: Path, backend: str) -> None:
     async def run(dure: Cluster) -> None:
         dure.model()
         before = dure.serve("e", 2, "--public")
@@ -97,7 +113,7 @@ def test_a_dead_agent_is_replaced_first_and_leaves_then(tmp_path: Path) -> None:
         await wait(lambda: not os.path.exists(f"/proc/{lost['pid']}"), 20, "the old session is stopped")
         assert healthy(dure, 2)
 
-    with cluster(tmp_path / "d", agents=2) as dure:
+    with cluster(tmp_path / "d", agents=2, backend=backend) as dure:
         asyncio.run(run(dure))
 
 

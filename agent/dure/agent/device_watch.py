@@ -44,7 +44,7 @@ class Kernels(Protocol):
 class DeviceWatch:
     """`devices` is what it keeps, for others to read: they see changes in it at once. `wake` is called when
     there is something to take. `on_round` is told each round's findings after the devices were updated; what
-    it changes of them is told to the manager too.
+    it changes of them, and the limitations that it answers, are told to the manager too.
 
     `file` holds the devices for the next agent; `held` are those that kernels have of an agent before.
     `limitations` are the node's others, `withheld` those by accelerator."""
@@ -61,7 +61,7 @@ class DeviceWatch:
         held: frozenset[str] = frozenset(),
         limitations: Sequence[str] = (),
         withheld: Mapping[str, str] | None = None,
-        on_round: Callable[[Found], Awaitable[None]] | None = None,
+        on_round: Callable[[Found], Awaitable[Sequence[str]]] | None = None,
         interval_s: float = INTERVAL_S,
     ) -> None:
         self._plugins = plugins
@@ -136,15 +136,14 @@ class DeviceWatch:
             _log.warning("%s", sentence)
         for sentence in after.recoveries:
             _log.info("%s", sentence)
-        for sentence in found.limitations:
-            if sentence not in self._limitations:
-                _log.warning("%s", sentence)
-        spoken, self._limitations = self._limitations, found.limitations
         running = (spec for spec, _ in self._kernels.running())
         for uid, ended in device_changes.doomed(running, after.lost).items():
             self._kernels.condemn(uid, ended)
-        if self._on_round is not None:
-            await self._on_round(found)
+        more = await self._on_round(found) if self._on_round is not None else ()
+        spoken, self._limitations = self._limitations, (*found.limitations, *more)
+        for sentence in self._limitations:
+            if sentence not in spoken:
+                _log.warning("%s", sentence)
         newest = _copies(self._devices)
         if newest != self._newest or spoken != self._limitations:
             self._newest, self._unsent = newest, True

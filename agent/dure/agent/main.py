@@ -19,7 +19,11 @@ from dure.agent import exposition, machine, ports, prober
 from dure.agent.accelerators import Accelerator, Request
 from dure.agent.backends.base import Abilities, Backend
 from dure.agent.device_watch import DeviceWatch
+from dure.agent.enforcement import choice
+from dure.agent.enforcement.modes import Asked, Modes
+from dure.agent.enforcement.watchdog import ALLOWANCE_MIB
 from dure.agent.folders import Folders
+from dure.agent.guard import Guard
 from dure.agent.leases import Leases, default_lease_dir
 from dure.agent.link import Link, Refused
 from dure.agent.log_archive import LogArchive
@@ -31,6 +35,7 @@ from dure.agent.supervisor import Supervisor
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire import channel, identity, logs, metrics_server, names, programs, quantities, settings, tracing
 from dure.wire.backoff import backoff_s
+from dure.wire.enforcement import HOOK
 from dure.wire.errors import DureError
 
 PROTOCOL_VERSION = 1
@@ -52,6 +57,7 @@ class Options:
     simulated_gpus: int
     cpu_milli: int
     memory_milli: int
+    enforcement: Asked
     session_ports: range
     lease_dir: Path
     folder_cache_bytes: int
@@ -136,6 +142,25 @@ def _only_member(data_dir: Path) -> str:
     default="auto",
     show_default=True,
     help="How containers get GPUs: by the NVIDIA runtime or CDI, or by NVIDIA_VISIBLE_DEVICES alone.",
+)
+@click.option(
+    "--gpu-enforcement",
+    type=click.Choice(choice.OPTIONS),
+    default=choice.AUTO,
+    show_default="auto: hook if there is a library, else watchdog",
+    help="What keeps sessions within their shares of GPUs.",
+)
+@click.option(
+    "--hook-library",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="HAMi-core's libvgpu.so, to be loaded into sessions with shares of GPUs.",
+)
+@click.option(
+    "--gpu-allowance-mib",
+    type=click.IntRange(0, 1024 * 1024),
+    default=ALLOWANCE_MIB,
+    show_default=True,
+    help="MiB of each GPU that a session may hold beyond its share before the watchdog ends it.",
 )
 @click.option("--cpus", default="", show_default="all", help="Cores to offer, such as 3.5.")
 @click.option("--memory", default="", show_default="all", help="Memory to offer, such as 16g.")
@@ -223,6 +248,8 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         session_ports = ports.parse_range(given["session_ports"])
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--session-ports") from error
+    if given["gpu_enforcement"] == HOOK and given["hook_library"] is None:
+        raise click.UsageError("--gpu-enforcement hook needs the library: give it with --hook-library")
     return Options(
         name=name,
         home=programs.agent_dir(given["data_dir"].absolute(), name),
@@ -234,6 +261,9 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         cpu_milli=_amount("--cpus", quantities.CPU, given["cpus"]) or machine.cpu_milli(),
         memory_milli=_amount("--memory", quantities.MEM, given["memory"])
         or machine.memory_bytes() * quantities.MILLI,
+        enforcement=Asked(
+            given["gpu_enforcement"], _absolute(given["hook_library"]), given["gpu_allowance_mib"]
+        ),
         session_ports=session_ports,
         lease_dir=given["lease_dir"],
         folder_cache_bytes=_amount("--folder-cache", quantities.MEM, given["folder_cache"])
@@ -243,6 +273,10 @@ def _checked(name: str, given: dict[str, Any]) -> Options:
         metrics_port=given["metrics_port"],
         backend=_known_backend(given["backend"]),
     )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def _known_backend(name: str) -> str:
@@ -279,8 +313,10 @@ async def _serve(options: Options) -> None:
         stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(connection)
         storage = ManagerStorage(stub)
         devices: dict[str, fleet_pb2.Device] = {}
-        node = _node(options, host, backend, devices, storage, http, traces)
+        modes = Modes(options.home, options.enforcement, backend.contains, devices)
+        node = _node(options, host, backend, devices, modes, storage, http, traces)
         supervisor = Supervisor(options.home, node)
+        guard = Guard(modes, backend, devices, supervisor.guarded, supervisor.condemn)
         watch = DeviceWatch(
             plugins,
             Request(options.name, options.simulated_gpus),
@@ -291,6 +327,7 @@ async def _serve(options: Options) -> None:
             held=await supervisor.held_before(),
             limitations=limitations,
             withheld=abilities.no_devices,
+            on_round=guard.look,
         )
         watching = asyncio.create_task(watch.run())
         await watch.first()
@@ -347,8 +384,10 @@ async def _serve(options: Options) -> None:
         if asked.done() and asked.result() == signal.SIGINT:
             _log.info("stopping all sessions")
             await supervisor.stop_all()
+            await modes.close()
         else:
             await supervisor.detach()
+            await modes.detach()
         await backend.close()
         if traces is not None:
             await traces.close()
@@ -361,8 +400,10 @@ async def _stop_sessions(options: Options) -> None:
     await backend.probe()
     async with channel.open_channel(options.manager) as connection, prober.open_session() as http:
         storage = ManagerStorage(fleet_pb2_grpc.FleetServiceStub(connection))
-        supervisor = Supervisor(options.home, _node(options, "127.0.0.1", backend, {}, storage, http))
-        await supervisor.stop_found()
+        modes = Modes(options.home, options.enforcement, backend.contains, {})
+        node = _node(options, "127.0.0.1", backend, {}, modes, storage, http)
+        await Supervisor(options.home, node).stop_found()
+        await modes.close()
         await backend.close()
 
 
@@ -371,6 +412,7 @@ def _node(
     host: str,
     backend: Backend,
     devices: dict[str, fleet_pb2.Device],
+    modes: Modes,
     storage: ManagerStorage,
     http: Any,
     traces: tracing.Tracing | None = None,
@@ -385,6 +427,7 @@ def _node(
         http=http,
         logs=LogArchive(options.home),
         storage=storage,
+        modes=modes,
         numa_nodes=machine.numa_nodes() if options.numa_pinning else {},
         tracing=traces,
     )

@@ -23,18 +23,21 @@ from dure.agent.backends.base import (
     Ended,
     ExtraMount,
     Handle,
+    Injection,
     Observation,
     Plan,
     StartFailed,
 )
 from dure.agent.backends.outcome import without_message
 from dure.agent.counts import Counts
+from dure.agent.enforcement.modes import Modes
 from dure.agent.folders import Folders
 from dure.agent.health import Health, Policy
 from dure.agent.kernel import Event
 from dure.agent.leases import Leases
 from dure.agent.log_archive import LogArchive
 from dure.agent.prober import Answer
+from dure.agent.serial_starts import SerialStarts
 from dure.agent.shim.files import read_json, write_bytes, write_json
 from dure.agent.starts import Start
 from dure.agent.storage import ManagerStorage
@@ -60,6 +63,8 @@ class Node:
     http: aiohttp.ClientSession
     logs: LogArchive
     storage: ManagerStorage
+    modes: Modes
+    serial: SerialStarts = field(default_factory=SerialStarts)
     counts: Counts = field(default_factory=Counts)
     tracing: Tracing | None = None
     # The machine's NUMA nodes, by number, if kernels are to be pinned to them.
@@ -97,10 +102,11 @@ class Runner:
     async def run(self) -> None:
         """Starts it, or goes on where the agent before stopped, until it ended."""
         try:
-            if not await self._adopt():
+            adopted = await self._adopt()
+            if not adopted:
                 self._start = Start(self._node.counts, self._node.tracing, self.spec)
                 await self._prepare()
-            await self._follow()
+            await self._follow(adopted and (self.handle.folder / "verdict.json").exists())
         except StartFailed as error:
             self._fail(error.reason, str(error))
         except ports.NoPort as error:
@@ -143,8 +149,21 @@ class Runner:
         write_json(f"{self._files}/verdict.json", verdict)
         await self._node.backend.stop(self.handle, self.grace_s)
 
+    def show_enforcement(self, mode: str, detail: str) -> None:
+        """What was verified to keep it within its parts of devices, and why it is no better."""
+        detail = detail[:1000]
+        if (self.status.enforcement, self.status.enforcement_detail) != (mode, detail):
+            self.status.enforcement, self.status.enforcement_detail = mode, detail
+            self._emit(None)
+
     async def remove(self) -> None:
         """Ends it and leaves nothing behind. Goes on until that is done."""
+        try:
+            await self._remove()
+        finally:
+            self._node.serial.over(self.spec.uid)
+
+    async def _remove(self) -> None:
         attempt = 0
         while True:
             try:
@@ -175,6 +194,7 @@ class Runner:
     async def _adopt(self) -> bool:
         if not await self._node.backend.adopt(self.handle):
             return False
+        self._node.serial.hold(self.spec)
         known = read_json(f"{self._files}/kernel.json") or {}
         self.status.port = int(known.get("port", 0))
         return True
@@ -183,6 +203,14 @@ class Runner:
         refusal = devices.refusal(self.spec.devices, self._node.devices, self._others())
         if refusal:
             raise StartFailed(refusal)
+        if (
+            self.spec.security_profile == fleet_pb2.SECURITY_PROFILE_STRICT
+            and not self._node.backend.contains
+        ):
+            raise StartFailed(
+                "this node runs sessions without containers, and cannot keep one to the security profile "
+                "`strict`: choose a resource group whose agents run images"
+            )
         model: Path | None = None
         if self.spec.model.folder_uid:
             self._say("getting the model folder")
@@ -197,8 +225,10 @@ class Runner:
             port = await self._node.leases.lease(self.handle.folder, self.spec.port if fixed else 0)
             self.status.port = port
             write_json(f"{self._files}/kernel.json", {"port": port})
+        injection = await self._node.modes.prepare(self.spec, self.handle)
+        await self._node.serial.take(self.spec, self._say)
         self._say("starting")
-        await self._node.backend.start(self._plan(model, tuple(extra), cluster, port), self._tell)
+        await self._node.backend.start(self._plan(model, tuple(extra), cluster, port, injection), self._tell)
 
     @property
     def _own_network(self) -> bool:
@@ -241,7 +271,12 @@ class Runner:
         )
 
     def _plan(
-        self, model: Path | None, extra: tuple[ExtraMount, ...], cluster: ClusterFiles | None, port: int
+        self,
+        model: Path | None,
+        extra: tuple[ExtraMount, ...],
+        cluster: ClusterFiles | None,
+        port: int,
+        injection: Injection,
     ) -> Plan:
         spec = self.spec
         target = os.path.normpath(spec.model.target or "/models")
@@ -265,7 +300,7 @@ class Runner:
             shell=spec.command.shell.shell or ("/bin/bash" if spec.command.HasField("shell") else ""),
             line=spec.command.shell.line,
             actions=tuple(_action(action) for action in spec.pre_start_actions),
-            environ=environ,
+            environ={**environ, **injection.environ},
             port=port,
             cpu_milli=spec.slots.get("cpu", 0),
             memory_bytes=spec.slots.get("mem", 0) // 1000,
@@ -275,6 +310,7 @@ class Runner:
             cluster=cluster,
             cpus=pin.cpus,
             memory_nodes=pin.memory_nodes,
+            injection=injection,
             container=self._container(cluster) if self._node.backend.contains else None,
         )
 
@@ -311,9 +347,11 @@ class Runner:
         cpu_milli, memory_bytes = self.spec.slots.get("cpu", 0), self.spec.slots.get("mem", 0) // 1000
         return numa.pin(granted, cpu_milli, memory_bytes, self._node.numa_nodes)
 
-    async def _follow(self) -> None:
+    async def _follow(self, condemned: bool) -> None:
+        """`condemned`: the agent before began to end it."""
         seen: Observation | None = None
         probing: asyncio.Task[None] | None = None
+        ending = asyncio.create_task(self._go_on_ending()) if condemned else None
         started = False
         try:
             while True:
@@ -331,14 +369,28 @@ class Runner:
                     continue
                 started = True
                 self._start_over()
+                self._node.serial.began(self.spec, prober.now_s() - seen.started_at_s)
                 if clusters.is_probed(self.spec):
                     self._resume_health(seen.started_at_s)
                     probing = asyncio.create_task(self._probe(seen.started_at_s))
                 self._emit(Event.STARTED)
         finally:
-            if probing is not None:
-                probing.cancel()
-                await asyncio.wait([probing])
+            running = [task for task in (probing, ending) if task is not None]
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+
+    async def _go_on_ending(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                await self._node.backend.stop(self.handle, self.grace_s)
+                return
+            except (OSError, TimeoutError) as error:
+                attempt += 1
+                _log.warning("kernel %s resists its end: %s", self.spec.uid, error)
+                await asyncio.sleep(backoff_s(attempt, first_s=0.2, max_s=5.0, jitter=0.0))
 
     async def _probe(self, started_at_s: float) -> None:
         attempt = 0
@@ -365,6 +417,8 @@ class Runner:
         self._node.counts.probes.add("success" if answer.success else "failure")
         before = (self.status.health, self.status.consecutive_failures, self.status.probe_detail)
         self._health = current
+        if current.state is health.State.HEALTHY:
+            self._node.serial.over(self.spec.uid)
         self.status.health = fleet_pb2.KernelHealth.ValueType(current.state.value)
         self.status.consecutive_failures = current.failures
         self.status.probe_status_code = answer.status_code
@@ -388,6 +442,8 @@ class Runner:
         }
         elapsed_s = prober.now_s() - started_at_s
         self._health = health.resume(self._policy, health.State(kept["state"]), kept["failures"], elapsed_s)
+        if self._health.state is health.State.HEALTHY:
+            self._node.serial.over(self.spec.uid)
         self.status.health = fleet_pb2.KernelHealth.ValueType(kept["state"])
         self.status.consecutive_failures = kept["failures"]
         self.status.probe_status_code = kept["status_code"]
@@ -404,6 +460,7 @@ class Runner:
         if verdict is not None:
             ended = outcome.read(verdict)
         self.ended = True
+        self._node.serial.over(self.spec.uid)
         self.status.ClearField("pull")
         self._node.counts.ends.add(ended.reason)
         self._start_over(ended.message or ended.reason)

@@ -38,6 +38,7 @@ class Supervisor:
         # Uids whose status was not sent yet: as many as there are kernels and fresh tombstones, at most.
         self._unsent: dict[str, None] = {}
         self._snapshot: fleet_pb2.Desired | None = None
+        self._adopted = False
         self.changed = asyncio.Event()
 
     async def adopt(self) -> None:
@@ -45,6 +46,7 @@ class Supervisor:
         for spec in await self._find_all():
             self._kernels.adopt(spec.uid, spec.generation, Phase.PREPARING)
             self._launch(spec)
+        self._adopted = True
         await self._settle()
         if self._runners:
             _log.info("adopted %d kernels", len(self._runners))
@@ -72,6 +74,18 @@ class Supervisor:
             (runner.spec, runner.handle)
             for uid, runner in self._runners.items()
             if not runner.ended and self._kernels.phase(uid) is Phase.RUNNING
+        ]
+
+    def guarded(self) -> list[Runner] | None:
+        """Kernels that were told to run and have not ended; None before those of an earlier agent were taken
+        up."""
+        if not self._adopted:
+            return None
+        phases = (Phase.PREPARING, Phase.RUNNING)
+        return [
+            runner
+            for uid, runner in self._runners.items()
+            if not runner.ended and self._kernels.phase(uid) in phases
         ]
 
     def held(self) -> frozenset[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
@@ -127,7 +126,7 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
                 ack = fleet_pb2.HeartbeatAck(sequence=message.heartbeat.sequence)
                 await streams.send(context, connection.sending, fleet_pb2.ConnectResponse(heartbeat_ack=ack))
             elif message.HasField("devices_changed"):
-                await self._store_devices(connection.agent_uid, message.devices_changed.devices)
+                await self._store_devices(connection.agent_uid, message.devices_changed)
             elif message.HasField("measurements"):
                 self._measures.kernels(message.measurements.kernels)
             elif message.HasField("observed"):
@@ -142,17 +141,19 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
                         # Now it can be given work.
                         await self._announce(connection.agent_uid)
 
-    async def _store_devices(self, agent_uid: str, devices: Sequence[fleet_pb2.Device]) -> None:
-        """In place of those of the hello, before anything that the agent says later is looked at."""
+    async def _store_devices(self, agent_uid: str, said: fleet_pb2.DevicesChanged) -> None:
+        """In place of what stands in the hello, before anything that the agent says later is looked at."""
+        devices, limitations = list(said.devices), said.limitations[: hellos.LIMITATIONS_MAX]
         hellos.check_devices(devices)
         async with self._store.write() as tx:
             row = await tx.session.get_one(schema.Agent, agent_uid)
             hello = fleet_pb2.Hello.FromString(row.hello)
-            if list(hello.devices) == list(devices):
+            if list(hello.devices) == devices and list(hello.limitations) == limitations:
                 return
             found = hellos.news(hello.devices, devices)
-            del hello.devices[:]
+            del hello.devices[:], hello.limitations[:]
             hello.devices.extend(devices)
+            hello.limitations.extend(limitations)
             row.hello = hello.SerializeToString(deterministic=True)
             await node_news.tell(tx, row, found)
             # There may be room for those that wait; and the endpoints there are to be looked at.

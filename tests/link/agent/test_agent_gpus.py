@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import metrics_page
 import pytest
 from agent_fakes import AgentProcess, FakeManager, cluster, spec
 from gpu.stand_in import DRIVER_NOT_LOADED, GpuNode, needs_cc
@@ -35,6 +36,10 @@ def grant(device: str, amount: int = 500) -> fleet_pb2.DeviceGrant:
 def user(node: GpuNode, uid: str, device: str, used_bytes: int = GIB) -> fleet_pb2.KernelSpec:
     """A kernel that uses the GPU."""
     return spec(uid, node.user(used_bytes, python="python"), devices=[grant(device)], stop_grace_ms=500)
+
+
+def name_of(gpu: str) -> dict[str, str]:
+    return {"device": f"GPU-{gpu}", "model": "Fake H100"}
 
 
 async def healthy(manager: FakeManager, device: str, is_so: bool = True) -> fleet_pb2.Device:
@@ -118,7 +123,9 @@ def test_a_gpu_that_is_lost_takes_its_kernels_along_and_comes_back_by_itself(tmp
     node = GpuNode(tmp_path / "node", TWO)
 
     async def run() -> None:
-        async with cluster(tmp_path, PORTS, prefix=node.prefix) as (manager, agent):
+        port = metrics_page.free_port()
+        shown = ("--metrics-port", str(port))
+        async with cluster(tmp_path, PORTS, *shown, prefix=node.prefix) as (manager, agent):
             manager.want(user(node, K1, "GPU-a"), user(node, K2, "GPU-b"), spec(K3))
             for uid in (K1, K2, K3):
                 await manager.healthy(uid)
@@ -134,6 +141,11 @@ def test_a_gpu_that_is_lost_takes_its_kernels_along_and_comes_back_by_itself(tmp
                 "device GPU-a (Fake H100) is lost: the driver does not answer"
             )
             assert manager.devices["GPU-b"].healthy
+            page = await metrics_page.read(port)
+            told = {
+                name: metrics_page.value(page, "dure_agent_device_healthy", **name_of(name)) for name in "ab"
+            }
+            assert told == {"a": 0, "b": 1}
 
             node.state["gpus"][0]["lost"] = False
             node.write()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from agent_fakes import AgentProcess, alive, cluster, processes_of, spec
 
-from dure.agent.backends.cgroups import Cgroups
+from dure.agent.backends.cgroups import Cgroups, Hierarchy
 from dure.fleet.v1 import fleet_pb2
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs cgroups and mount namespaces")
@@ -209,6 +209,31 @@ def test_hosts_without_groups_are_no_error(tmp_path: Path) -> None:
     assert groups.limitations == ("no limits on cpu, memory, pids of sessions: no usable control group",)
     created = groups.create("k", 1000, 1)
     assert created.folders == () and created.kill_file is None
+    assert groups.no_pinning == "there is no control group with the controller `cpuset`"
+
+
+def test_a_pinned_session_has_its_cores_beside_its_limits(tmp_path: Path) -> None:
+    """In v2 one group has all; in v1 that of cpusets is made for those that are pinned, and inherits."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    for folder in (two, one):
+        folder.mkdir()
+    all_in_one = Cgroups((Hierarchy(two, 2, frozenset({"cpu", "memory", "pids", "cpuset"})),), ())
+    (made,) = all_in_one.create("k1", 1500, 2**30, "0-1", "0").folders
+    assert [(made / f"cpuset.{name}").read_text() for name in ("cpus", "mems")] == ["0-1", "0"]
+    assert (made / "cpu.max").read_text() == "150000 100000"
+    (made,) = all_in_one.create("k2", 1500, 2**30).folders
+    assert not (made / "cpuset.cpus").exists()
+
+    for folder in (one, one / "dure", one / "dure" / "k1"):
+        folder.mkdir(exist_ok=True)
+        # As the kernel makes them: of a new group they are empty.
+        for name in ("cpus", "mems"):
+            (folder / f"cpuset.{name}").write_text("0-7\n" if folder == one else "\n")
+    apart = Cgroups((), (), Hierarchy(one, 1, frozenset({"cpuset"})), "")
+    assert apart.folders("k1") == [] and apart.create("k1", 1500, 2**30).folders == ()
+    assert list(apart.create("k1", 1500, 2**30, "0-1").folders) == apart.folders("k1", pinned=True)
+    values = [(one / "dure" / "k1" / f"cpuset.{name}").read_text() for name in ("cpus", "mems")]
+    assert values == ["0-1", "0-7\n"]
 
 
 def _commands() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ class Agent:
     async def report(self, **status: Any) -> None:
         await self.say(observed=fleet_pb2.Observed(kernels=[fleet_pb2.KernelStatus(**status)]))
 
-    async def devices(self, *devices: fleet_pb2.Device) -> None:
-        await self.say(devices_changed=fleet_pb2.DevicesChanged(devices=devices))
+    async def devices(self, *devices: fleet_pb2.Device, limitations: Sequence[str] = ()) -> None:
+        said = fleet_pb2.DevicesChanged(devices=devices, limitations=limitations)
+        await self.say(devices_changed=said)
 
     async def spec_of(self, endpoint: str) -> fleet_pb2.KernelSpec:
         async def there() -> bool:
@@ -132,7 +133,7 @@ def test_a_gpu_that_falls_off_is_left_and_taken_again_when_it_is_back(tmp_path: 
             # Both are sick now; the one in use ends its kernel.
             lost = "fell off the bus"
             sick = [gpu(granted.device, healthy=False, detail=lost), gpu(other, healthy=False)]
-            await node.devices(*sick)
+            await node.devices(*sick, limitations=["GPU 2 cannot be used"])
             ended = fleet_pb2.KernelExit(reason="DEVICE_LOST", code=-1, message=f"its GPU {lost}")
             await node.report(uid=spec.uid, generation=1, phase=fleet_pb2.KERNEL_PHASE_EXITED, exit=ended)
             await waits_with(admin, "e", "2 GPUs out of order", lost)
@@ -140,10 +141,12 @@ def test_a_gpu_that_falls_off_is_left_and_taken_again_when_it_is_back(tmp_path: 
             assert not endpoint.errors, "a GPU that is lost is nobody's failure"
             shown_agent = await admin.agents.get("node-1")
             assert [device.healthy for device in shown_agent.devices] == [False, False]
+            assert list(shown_agent.limitations) == ["GPU 2 cannot be used"]
             # It comes back by itself, and so does the replica.
             await node.devices(gpu("g0"), gpu("g1"))
             again = await node.spec_of("e")
             assert again.uid != spec.uid
+            assert not (await admin.agents.get("node-1")).limitations
             events = [event async for event in admin.endpoints.events("e")]
             told = [(event.reason, event.message) for event in events if event.reason.startswith("DEVICE_")]
             assert ("DEVICE_LOST", f"node-1: GPU `{granted.device}` is out of order: {lost}") in told

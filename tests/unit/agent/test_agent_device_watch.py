@@ -179,16 +179,18 @@ def test_who_listens_hears_every_round_and_what_he_changes_is_told(tmp_path: Pat
     async def run() -> None:
         heard: list[Found] = []
 
-        async def listen(found: Found) -> None:
+        async def listen(found: Found) -> tuple[str, ...]:
             assert "a" in watched.devices
             heard.append(found)
             watched.devices["a"].enforcement = "watchdog"
+            return ("its shares are kept by a watchdog",)
 
         plugin = Plugin()
         async with watching(tmp_path / "devices.pb", plugin, on_round=listen) as watched:
             await until(lambda: len(heard) > 3)
             news = watched.watch.take()
             assert news is not None and news.devices[0].enforcement == "watchdog"
+            assert "its shares are kept by a watchdog" in news.limitations
             assert watched.wakes == 1 and heard[0] == plugin.found
 
     asyncio.run(run())

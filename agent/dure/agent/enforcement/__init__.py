@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from dure.agent.backends.base import Ended
+from dure.agent.backends.base import Ended, Injection
 from dure.fleet.v1 import fleet_pb2
 
-MIG, MPS, HOOK, WATCHDOG, NONE = "mig", "mps", "hook", "watchdog", "none"
 MILLI = 1000
+MIB = 2**20
+
+
+class CannotHold(Exception):
+    """A mode cannot be prepared for a kernel now; the next lower one may be. The message is for people."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Held:
-    """A kernel as modes see it: what it was granted, and the variables that its user set."""
+    """A kernel as modes see it: what it was granted, the variables that its user set, whether it is
+    contained, and the Unix user that it runs as, None where only its image tells."""
 
     uid: str
     parts: tuple[Part, ...]
     folder: Path
     environ: Mapping[str, str] = field(default_factory=dict)
+    contained: bool = False
+    user: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,20 @@ class Seen:
 
 
 class Enforcer(Protocol):
-    """A mode. All but `probe` and `inject` are called from a thread, once a look."""
+    """A mode. `verify` of one that is verified `by_use` is called from a thread, once a look, and may read
+    what the kernel tells of processes; nothing else of a look waits."""
 
     name: str
+    # Whether it can only be verified in processes that use a device: a kernel without any is not judged.
+    by_use: bool
 
-    async def probe(self, device: fleet_pb2.Device) -> str:
-        """Empty if it works for this device, else why not. Asked again at every look; cheap but for the first
-        time."""
+    async def probe(self, device: fleet_pb2.Device, told: bool) -> str:
+        """Empty if it works for this device, else why not. `told`: the driver tells who holds its memory.
+        Asked again at every look; cheap but for the first time."""
 
-    async def inject(self, kernel: Held) -> Mapping[str, str]:
-        """Variables that the kernel must have; they win over its own. Raises backends.base.StartFailed."""
+    async def inject(self, kernel: Held) -> Injection:
+        """What the kernel must have. Raises CannotHold, or backends.base.StartFailed for a kernel that must
+        not run on these devices at all."""
 
     def verify(self, kernel: Held, seen: Seen) -> str:
         """Empty if it is in force for the kernel now, else a sentence."""
@@ -92,3 +103,16 @@ def parts(
         for grant in grants
         if grant.device in devices
     )
+
+
+def percent(part: Part) -> int:
+    """Its computing time, as whole percents, at least one."""
+    return max(1, min(100, part.share_milli * 100 // MILLI))
+
+
+def mebibytes(part: Part) -> int:
+    """Its memory. Raises CannotHold for less than one: to those who are told, 0 is no limit."""
+    found = part.memory_bytes // MIB
+    if found < 1:
+        raise CannotHold(f"its part of {part.device} is less than 1 MiB of memory, which cannot be a limit")
+    return found

@@ -3,23 +3,23 @@ to see that a kernel uses the part that it was given, and no other device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from dure.agent.backends.base import Ended
-from dure.agent.enforcement import MIG, Held, Seen
+from dure.agent.backends.base import Ended, Injection
+from dure.agent.enforcement import Held, Seen
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import MIG
 
 
 class Mig:
     """See `enforcement.Enforcer`."""
 
     name = MIG
+    by_use = False
 
-    async def probe(self, device: fleet_pb2.Device) -> str:
+    async def probe(self, device: fleet_pb2.Device, told: bool) -> str:
         return "" if device.parent else "it is no part of a GPU in MIG mode"
 
-    async def inject(self, kernel: Held) -> Mapping[str, str]:
-        return {}
+    async def inject(self, kernel: Held) -> Injection:
+        return Injection()
 
     def verify(self, kernel: Held, seen: Seen) -> str:
         own = {part.device for part in kernel.parts if part.parent}

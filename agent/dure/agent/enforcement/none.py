@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from dure.agent.backends.base import Ended
-from dure.agent.enforcement import NONE, Held, Seen
+from dure.agent.backends.base import Ended, Injection
+from dure.agent.enforcement import Held, Seen
 from dure.fleet.v1 import fleet_pb2
+from dure.wire.enforcement import NONE
 
 
 class Unenforced:
     """See `enforcement.Enforcer`. Always works, and is always last."""
 
     name = NONE
+    by_use = False
 
-    async def probe(self, device: fleet_pb2.Device) -> str:
+    async def probe(self, device: fleet_pb2.Device, told: bool) -> str:
         return ""
 
-    async def inject(self, kernel: Held) -> Mapping[str, str]:
-        return {}
+    async def inject(self, kernel: Held) -> Injection:
+        return Injection()
 
     def verify(self, kernel: Held, seen: Seen) -> str:
         return ""

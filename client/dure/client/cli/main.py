@@ -74,6 +74,8 @@ class Root(click.Group):
         # `dure agent --data-dir D` is the program, `dure agent list` asks the manager.
         if len(args) > 1 and args[0] == "agent" and args[1] in _CLIENT_AGENT_WORDS:
             return "agent", load("dure.client.cli.agent:agent"), args[1:]
+        if args[:2] == ["agent", "conformance"]:
+            return "agent conformance", load_program("agent-conformance"), args[2:]
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -92,20 +94,22 @@ def load(where: str) -> click.Command:
 
 def load_program(name: str) -> click.Command:
     """The program's own command. Raises ClickException when that part is not installed."""
+    line = f"dure {name.replace('-', ' ')}"
     for entry in importlib.metadata.entry_points(group=PROGRAMS_GROUP, name=name):
         try:
             command = entry.load()
         except ModuleNotFoundError as error:
-            raise click.ClickException(f"`dure {name}` is not installed here: {error}") from error
+            raise click.ClickException(f"`{line}` is not installed here: {error}") from error
         if not isinstance(command, click.Command):
-            raise click.ClickException(f"`dure {name}` cannot be run: {entry.value} is not a command")
+            raise click.ClickException(f"`{line}` cannot be run: {entry.value} is not a command")
         if name == "agent":
             command.epilog = (
                 "`dure agent list` and `dure agent get NAME` show the agents of the cluster, "
-                "`dure agent drain NAME` empties one."
+                "`dure agent drain NAME` empties one; `dure agent conformance` checks an agent against the "
+                "protocol."
             )
         return command
-    raise click.ClickException(f"`dure {name}` is not installed here")
+    raise click.ClickException(f"`{line}` is not installed here")
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

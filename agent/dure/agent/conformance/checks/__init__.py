@@ -1,0 +1,33 @@
+"""The checks, by topic, in the order in which they run."""
+
+from __future__ import annotations
+
+from dure.agent.conformance.checks import (
+    clusters,
+    ends,
+    files,
+    grants,
+    logs,
+    measures,
+    probes,
+    restarts,
+    starts,
+    stream,
+    wishes,
+)
+from dure.agent.conformance.outcome import Check
+
+CHECKS: tuple[Check, ...] = (
+    *stream.CHECKS,
+    *wishes.CHECKS,
+    *starts.CHECKS,
+    *files.CHECKS,
+    *probes.CHECKS,
+    *ends.CHECKS,
+    *logs.CHECKS,
+    *measures.CHECKS,
+    *grants.CHECKS,
+    *clusters.CHECKS,
+    *restarts.CHECKS,
+    *stream.LAST,
+)
