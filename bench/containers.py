@@ -17,7 +17,7 @@ from dure.agent.backends.docker.backend import DockerBackend
 from dure.fleet.v1 import fleet_pb2
 from dure.wire import identity
 
-IMAGE = "dure-test:2"
+IMAGE = "dure-test:3"
 CONTAINERS, INTERVAL_MS, SPAN_S, BOUND_PERCENT = 50, 5_000, 20.0, 1.0
 STARTS_AT_ONCE = 4
 

@@ -26,8 +26,7 @@ from docker.errors import ImageNotFound, NotFound
 __all__ = ["IMAGE", "URL", "NotFound"]
 # A new number makes it anew where an older one is there.
 IMAGE = "dure-test:3"
-# `python` as models name it, a program that runs anywhere for images of other layers, a library of the
-# model's.
+# `python` as models name it, a program that runs anywhere for images of other layers, what models link.
 PACKAGES = "python3,python-is-python3,busybox-static,libgomp1"
 URL = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 

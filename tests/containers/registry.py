@@ -157,8 +157,10 @@ async def serving() -> AsyncIterator[Registry]:
     finally:
         await runner.cleanup()
         with engines.client() as engine:
-            for image in engine.images(f"{registry.at}/*"):
-                engine.remove_image(image["Id"], force=True)
+            tags = [tag for image in engine.images() for tag in image["RepoTags"] or ()]
+            for tag in tags:
+                if tag.startswith(f"{registry.at}/"):
+                    engine.remove_image(tag, force=True)
 
 
 def _digest(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 from containers import registry
@@ -71,9 +72,15 @@ def test_a_fetch_ends_with_the_last_who_waits(tmp_path: Path) -> None:
             manager.unwant("k2")
             await manager.gone("k2")
             await manager.until(lambda: images.cut > 0)
-            # Whoever wants it then begins anew.
-            images.bytes_per_s = 0
+            # Whoever wants it then begins anew; so does an agent that was killed in the middle.
+            begun, cut, reports = images.begun, images.cut, manager.complete_reports
             manager.want(pulled("k3", image))
+            await manager.until(lambda: images.begun > begun)
+            await agent.end(signal.SIGKILL)
+            await manager.until(lambda: images.cut > cut)
+            images.bytes_per_s = 0
+            await agent.start()
+            await manager.until(lambda: manager.complete_reports > reports, 30.0)
             await manager.healthy("k3")
             assert await names(agent) == ["k3"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from dure.agent.backends import outcome
 from dure.agent.backends.base import Bind, Container, Handle, Injection, Plan
-from dure.agent.backends.docker import images, labels, node, request, starting, users
+from dure.agent.backends.docker import images, labels, node, request, starting, streams, users
+from dure.agent.backends.docker.engine import NoAnswer
 from dure.agent.backends.docker.labels import Owner
 from dure.agent.backends.docker.logs import Place
 from dure.agent.backends.docker.request import Image, Node
@@ -378,3 +380,33 @@ def test_whose_a_home_is() -> None:
         archive.addfile(member, io.BytesIO(passwd.encode()))
     assert users.unpack([data.getvalue()[:700], data.getvalue()[700:]]) == passwd
     assert users.unpack([b"x" * 2**20, b"x"]) == ""
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=5), st.integers(), min_size=1), max_size=6), st.data())
+def test_messages_come_whole_however_they_are_cut(sent, data) -> None:
+    text = "".join(json.dumps(one) + "\r\n" for one in sent).encode()
+
+    async def read(tail: bytes) -> list[dict[str, int]]:
+        content = asyncio.StreamReader()
+        rest = text + tail
+        while rest:
+            size = data.draw(st.integers(1, len(rest)))
+            content.feed_data(rest[:size])
+            rest = rest[size:]
+        content.feed_eof()
+        return [one async for one in streams.messages(_Pieces(content))]
+
+    assert asyncio.run(read(b"")) == sent
+    with pytest.raises(NoAnswer, match="no message"):
+        asyncio.run(read(b'{"half'))
+
+
+class _Pieces:
+    """A body as aiohttp gives it."""
+
+    def __init__(self, content: asyncio.StreamReader) -> None:
+        self._content = content
+
+    async def iter_any(self):
+        while piece := await self._content.read(7):
+            yield piece

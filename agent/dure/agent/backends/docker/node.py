@@ -12,7 +12,7 @@ from typing import Any
 from dure.agent.backends.docker.request import CDI, ENVIRONMENT, NVIDIA, ULIMITS
 
 # Words of /proc/<pid>/limits.
-_LIMIT_NAMES = {"nofile": "Max open files", "memlock": "Max locked memory"}
+_LIMIT_NAMES = {"nofile": "Max open files", "memlock": "Max locked memory", "nproc": "Max processes"}
 # The processes whose limits containers inherit; the engine's own starts the others where it runs alone.
 _STARTERS = ("dockerd", "containerd")
 _CDI_FOLDERS = ("/etc/cdi", "/var/run/cdi")

@@ -19,8 +19,9 @@ STRICT_USER = "1000:1000"
 # on files, the kernel's audit log.
 DROPPED = ("MKNOD", "NET_RAW", "SETFCAP", "AUDIT_WRITE")
 GATE = "/run/dure"
-# Open files: a model server has one for each connection. Locked memory: GPUs copy from it.
-ULIMITS = {"nofile": 1024 * 1024, "memlock": -1}
+# Open files: a model server has one for each connection. Locked memory: GPUs copy from it. Processes are
+# bounded by PIDS_MAX; podman sets their limit unasked, to more than an agent without all rights may have.
+ULIMITS = {"nofile": 1024 * 1024, "memlock": -1, "nproc": 4194304}
 NVIDIA, CDI, ENVIRONMENT = "nvidia", "cdi", "environment"
 
 

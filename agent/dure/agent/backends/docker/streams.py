@@ -68,7 +68,7 @@ async def frames(content: aiohttp.StreamReader) -> AsyncIterator[tuple[int, byte
 
 
 async def messages(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """JSON objects, one after the other."""
+    """JSON objects, one after the other. Raises NoAnswer for what is none."""
     rest = b""
     async for data in content.iter_any():
         *lines, rest = (rest + data).split(b"\n")
@@ -76,9 +76,20 @@ async def messages(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any
             raise NoAnswer("the container engine sent a message without an end")
         for line in lines:
             if line.strip():
-                yield json.loads(line)
+                yield _object(line)
     if rest.strip():
-        yield json.loads(rest)
+        yield _object(rest)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        # The middle of a message, from an engine that is going down.
+        raise NoAnswer(f"the container engine sent what is no message: {line[:80]!r}")
+    return found
 
 
 @contextlib.asynccontextmanager
@@ -87,7 +98,9 @@ async def events(
 ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
     """Starts and ends of containers with the labels (`name=value`), from a time on that is given in Unix
     seconds with a fraction."""
-    filters = {"type": ["container"], "label": list(labels), "event": ["start", "die", "oom", "destroy"]}
+    # Podman's words too, where they are others: `died`, `remove`.
+    words = ["start", "die", "died", "oom", "destroy", "remove"]
+    filters = {"type": ["container"], "label": list(labels), "event": words}
     query = {"filters": json.dumps(filters), "since": since}
     async with opened(socket, "GET", "/events", query=query) as content:
         yield messages(content)
