@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import socket
 from typing import Any
 
 import aiohttp
@@ -13,12 +12,6 @@ import aiohttp
 _LINE = re.compile(r"([a-z_][a-z0-9_]*)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'([a-z_]+)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"(?:,|$)')
 Series = dict[tuple[tuple[str, str], ...], float]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def parse(text: str) -> dict[str, Series]:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,8 @@ __all__ = ["IMAGE", "URL", "NotFound"]
 IMAGE = "dure-test:3"
 # `python` as models name it, a program that runs anywhere for images of other layers, what models link.
 PACKAGES = "python3,python-is-python3,busybox-static,libgomp1"
+# Other runs use the engine, too.
+_MARK = secrets.token_hex(4)
 URL = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 
 
@@ -99,6 +102,11 @@ def _suite() -> str:
     return "stable"
 
 
+def tag(name: str) -> str:
+    """The name of an image that only this run knows."""
+    return f"dure-test-variant:{name}-{_MARK}"
+
+
 def variant(name: str, *changes: str) -> contextlib.AbstractContextManager[str]:
     """The image with other settings, such as `USER 1234`; gone afterwards."""
     return changed(name, "true", *changes)
@@ -114,13 +122,14 @@ def changed(name: str, script: str, *changes: str) -> Iterator[str]:
                 engine.start(made)
                 assert engine.wait(made, timeout=60)["StatusCode"] == 0
             none = ["ENTRYPOINT []"] if not any(one.startswith("ENTRYPOINT") for one in changes) else []
-            engine.commit(made, repository="dure-test-variant", tag=name, changes=["CMD []", *none, *changes])
+            repository, _, last = tag(name).partition(":")
+            engine.commit(made, repository=repository, tag=last, changes=["CMD []", *none, *changes])
         finally:
             engine.remove_container(made, force=True)
         try:
-            yield f"dure-test-variant:{name}"
+            yield tag(name)
         finally:
-            engine.remove_image(f"dure-test-variant:{name}", force=True)
+            engine.remove_image(tag(name), force=True)
 
 
 def containers_of(home: Path, url: str = URL) -> list[dict[str, Any]]:

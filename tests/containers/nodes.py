@@ -53,7 +53,8 @@ async def container(agent: AgentProcess, uid: str) -> dict[str, Any]:
     """The engine's words on the one container of a kernel."""
 
     def look() -> dict[str, Any]:
-        found = [c for c in engines.containers_of(agent.home) if c["Labels"].get("dure.kernel") == uid]
+        known_as = agent.manager.wire(uid)
+        found = [c for c in engines.containers_of(agent.home) if c["Labels"].get("dure.kernel") == known_as]
         assert len(found) == 1, found
         with engines.client() as engine:
             inspected: dict[str, Any] = engine.inspect_container(found[0]["Id"])
@@ -65,7 +66,7 @@ async def container(agent: AgentProcess, uid: str) -> dict[str, Any]:
 async def names(agent: AgentProcess) -> list[str]:
     """Uids of all kernels that have a container, running or not."""
     found = await asyncio.to_thread(engines.containers_of, agent.home)
-    return sorted(one["Labels"].get("dure.kernel", "") for one in found)
+    return sorted(agent.manager.plain(one["Labels"].get("dure.kernel", "")) for one in found)
 
 
 async def ask(status: fleet_pb2.KernelStatus, path: str = "/x") -> str:

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import platform
-import socket
 import tarfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -25,15 +24,9 @@ _UNKNOWN = {"errors": [{"code": "MANIFEST_UNKNOWN", "message": "manifest unknown
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-def closed_port() -> int:
-    """One at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def tool() -> bytes:
-    """A layer with one program, `busybox`, which runs without anything beside it."""
+    """A layer with one program, `busybox`, which runs without anything beside it. No two are the same: an
+    engine that has one already would not fetch it."""
     with engines.client() as engine:
         made = engine.create_container(engines.IMAGE, ["true"])
         try:
@@ -47,7 +40,7 @@ def tool() -> bytes:
         file = archive.extractfile(member)
         assert file is not None
         program = file.read()
-    return layer({"bin/busybox": program, "bin/sh": program})
+    return layer({"bin/busybox": program, "bin/sh": program, "layer": os.urandom(16)})
 
 
 def layer(files: dict[str, bytes]) -> bytes:

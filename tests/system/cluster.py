@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import own_ports
 from containers import engines
 
 DURE = [sys.executable, "-P", "-m", "dure.client.cli.main"]
@@ -47,19 +47,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
 """
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row. Below the range that the system gives out by itself."""
-    for first in range(10_000 + os.getpid() % 90 * 100, 20_000, count):
-        try:
-            with contextlib.ExitStack() as stack:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return first
-        except OSError:
-            continue
-    raise AssertionError("no free ports")
 
 
 @dataclass
@@ -131,13 +118,26 @@ class Cluster:
 @contextlib.contextmanager
 def cluster(data_dir: Path, agents: int = 1, backend: str = "process", **variables: str) -> Iterator[Cluster]:
     """Stops it as Ctrl-C does, and checks that nothing of it is left. Agents read variables too."""
+    # Ports of endpoints and sessions rest for 10 minutes: enough for all tests that share a cluster.
+    with own_ports.row(402) as ports, _cluster(data_dir, agents, backend, ports, variables) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _cluster(
+    data_dir: Path, agents: int, backend: str, ports: range, variables: dict[str, str]
+) -> Iterator[Cluster]:
     always = ("--image", engines.provide()) if backend == "docker" else ()
-    # A port of an endpoint that was deleted rests for 10 minutes: enough for all tests that share a cluster.
-    first = free_ports(102)
     command = [*DURE, "dev", "--data-dir", str(data_dir), "--agents", str(agents)]
-    command += ["--manager-port", str(first), "--proxy-admin-port", str(first + 1)]
-    command += ["--proxy-ports", f"{first + 2}-{first + 101}", "--backend", backend]
-    environ = {**os.environ, "DURE_CONTEXT_FILE": str(data_dir / "context.toml"), **variables}
+    command += ["--manager-port", str(ports[0]), "--proxy-admin-port", str(ports[1])]
+    command += ["--proxy-ports", own_ports.option(ports[2:102]), "--backend", backend]
+    environ = {
+        **os.environ,
+        "DURE_CONTEXT_FILE": str(data_dir / "context.toml"),
+        "DURE_LEASE_DIR": str(data_dir / "leases"),
+        "DURE_SESSION_PORTS": own_ports.option(ports[102:]),
+        **variables,
+    }
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "dev.log").open("wb") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)

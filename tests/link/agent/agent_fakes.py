@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import secrets
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import grpc.aio
+import own_ports
 
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire.channel import SERVER_OPTIONS
@@ -54,9 +56,14 @@ class Answer:
 
 
 class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
-    """Keeps what it wants (`specs`, `removals`), and what agents said."""
+    """Keeps what it wants (`specs`, `removals`), and what agents said.
+
+    Tests name kernels and sessions as they like. On the wire the names are unique: control groups, marks in
+    environments and networks bear them, and tests run side by side.
+    """
 
     def __init__(self, storage: Path, storage_path: str | None = None) -> None:
+        self._mark = secrets.token_hex(4)
         self.storage = storage
         self.storage_path = storage_path if storage_path is not None else str(storage)
         self.specs: dict[str, fleet_pb2.KernelSpec] = {}
@@ -86,6 +93,15 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Event()
         self.port = 0
+
+    def wire(self, uid: str) -> str:
+        """What agents know a kernel or a session by, of which tests speak as `uid`."""
+        path, slash, name = uid.rpartition("/")
+        return f"{path}{slash}{self._mark}-{name}"
+
+    def plain(self, uid: str) -> str:
+        """The other way round; names of others as they are."""
+        return uid.removeprefix(f"{self._mark}-")
 
     async def start(self, port: int = 0) -> None:
         self._server = grpc.aio.server(options=list(SERVER_OPTIONS))
@@ -136,10 +152,13 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
                 self.send_snapshot()
             elif kind == "observed":
                 for status in request.observed.kernels:
+                    status.uid = self.plain(status.uid)
                     self.statuses[status.uid] = status
                     self.history.append(status)
                 self.complete_reports += request.observed.complete
             elif kind == "measurements":
+                for kernel in request.measurements.kernels:
+                    kernel.uid = self.plain(kernel.uid)
                 self.rounds.append(request.measurements)
                 del self.rounds[:-200]
             elif kind == "devices_changed":
@@ -178,7 +197,7 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         answer = Answer()
         number = f"log-{len(self.answers)}"
         self.answers[number] = answer
-        request = fleet_pb2.LogRequest(request_id=number, kernel_uid=uid, **wanted)
+        request = fleet_pb2.LogRequest(request_id=number, kernel_uid=self.wire(uid), **wanted)
         self._outbox.put_nowait(fleet_pb2.ConnectResponse(log_request=request))
         return answer
 
@@ -188,7 +207,7 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
         return [text.decode() for _, text in answer.lines]
 
     async def GetImageCredential(self, request, context):
-        self.credential_asked.append(request.kernel_uid)
+        self.credential_asked.append(self.plain(request.kernel_uid))
         username, password = self.image_credential
         return fleet_pb2.GetImageCredentialResponse(username=username, password=password)
 
@@ -216,7 +235,12 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
 
     def send(self, desired: fleet_pb2.Desired) -> None:
         assert self._outbox is not None
-        self._outbox.put_nowait(fleet_pb2.ConnectResponse(desired=desired))
+        response = fleet_pb2.ConnectResponse(desired=desired)
+        for spec in response.desired.kernels:
+            spec.uid, spec.session_uid = self.wire(spec.uid), self.wire(spec.session_uid)
+        for removal in response.desired.removals:
+            removal.uid = self.wire(removal.uid)
+        self._outbox.put_nowait(response)
 
     def measure_every(self, interval_ms: int) -> None:
         assert self._outbox is not None
@@ -283,12 +307,14 @@ class AgentProcess:
         prefix: Sequence[str] = (),
     ) -> None:
         self._prefix = prefix
+        self.manager = manager
         self.data_dir = data_dir
         self.home = data_dir / "agents" / name
         self.log = data_dir / f"{name}.log"
         self.arguments = [
             *("--data-dir", str(data_dir), "--name", name, "--manager", f"127.0.0.1:{manager.port}"),
-            *("--lease-dir", str(data_dir / "leases"), "--log-file", str(self.log), *arguments),
+            *("--lease-dir", str(data_dir / "leases"), "--log-file", str(self.log)),
+            *("--session-ports", own_ports.option(own_ports.sessions()), *arguments),
         ]
         self.process: asyncio.subprocess.Process | None = None
 
@@ -310,7 +336,7 @@ class AgentProcess:
         return self.process.returncode
 
     def kernel_folder(self, uid: str) -> Path:
-        return self.home / "kernels" / uid
+        return self.home / "kernels" / self.manager.wire(uid)
 
 
 @contextlib.asynccontextmanager

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import own_ports
 from agent_fakes import processes_of
 
 
 def conformance(tmp_path: Path, *arguments: str, limit_s: float = 60.0, **environ: str) -> Any:
     """Runs the command; nothing of it runs afterwards."""
-    # Agents of one host share their leases; those of tests that run side by side do not, so each worker has
-    # ports of its own.
-    first = 24_000 + 600 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     done = subprocess.run(
         [sys.executable, "-m", "dure.client.cli.main", "agent", "conformance", *arguments],
         capture_output=True,
@@ -28,7 +26,7 @@ def conformance(tmp_path: Path, *arguments: str, limit_s: float = 60.0, **enviro
             **os.environ,
             "TMPDIR": str(tmp_path),
             "DURE_LEASE_DIR": str(tmp_path / "leases"),
-            "DURE_SESSION_PORTS": f"{first}-{first + 599}",
+            "DURE_SESSION_PORTS": own_ports.option(own_ports.sessions()),
             **environ,
         },
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from agent_fakes import cluster, spec
+from own_ports import free_port
 from test_agent_node import POOR, root_only, usable
 
 from dure.fleet.v1 import fleet_pb2
@@ -46,12 +47,6 @@ KEYS = fleet_pb2.SshKeyPair(
     private_key="-----BEGIN OPENSSH PRIVATE KEY-----\nx\n-----END OPENSSH PRIVATE KEY-----",
     public_key="ssh-ed25519 AAAA session",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def session(name: str, size: int, port: int, command, addresses=None, **fields) -> list[fleet_pb2.KernelSpec]:
@@ -140,8 +135,8 @@ def test_names_variables_and_keys(tmp_path: Path) -> None:
 def test_a_rendezvous_port_that_is_taken_fails_the_start(tmp_path: Path) -> None:
     async def run() -> None:
         async with cluster(tmp_path) as (manager, _):
-            with socket.create_server(("127.0.0.1", 0)) as stranger:
-                port = stranger.getsockname()[1]
+            port = free_port()
+            with socket.create_server(("127.0.0.1", port)):
                 manager.want(session("a", 2, port, "exec sleep 1000")[0])
                 status = await manager.exited("a-main1")
                 assert status.exit.reason == "PORT_FAILED"

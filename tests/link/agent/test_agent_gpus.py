@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import signal
 import time
 from pathlib import Path
@@ -13,15 +12,14 @@ import metrics_page
 import pytest
 from agent_fakes import AgentProcess, FakeManager, cluster, spec
 from gpu.stand_in import DRIVER_NOT_LOADED, GpuNode, needs_cc
+from own_ports import free_port
 
 from dure.agent import machine, numa
 from dure.agent.backends.cgroups import Cgroups
 from dure.fleet.v1 import fleet_pb2
 
 GIB = 2**30
-# Control groups bear a kernel's uid, and ports are leased within a test: other tests run at the same time.
-PORTS = f"--session-ports={22000 + os.getpid() % 70 * 100}-{22099 + os.getpid() % 70 * 100}"
-K1, K2, K3, K4 = (f"gpus-{os.getpid()}-{number}" for number in range(1, 5))
+K1, K2, K3, K4 = "k1", "k2", "k3", "k4"
 pytestmark = needs_cc
 # The GPU is used by a child of the kernel's main process.
 FORKS = "import os, time\npid = os.fork()\nprint(pid, flush=True)\nwhile True: time.sleep(60)"
@@ -51,7 +49,7 @@ def test_a_node_with_four_gpus_offers_its_parts_too(tmp_path: Path) -> None:
     node = GpuNode(tmp_path / "node")
 
     async def run() -> None:
-        async with cluster(tmp_path, PORTS, prefix=node.prefix) as (manager, _):
+        async with cluster(tmp_path, prefix=node.prefix) as (manager, _):
             offered = [
                 (one.id, dict(one.slots), one.parent, one.numa_node, one.memory_bytes, one.healthy)
                 for one in manager.devices.values()
@@ -78,7 +76,7 @@ def test_gpu_use_is_attributed_to_kernels(tmp_path: Path) -> None:
     node = GpuNode(tmp_path / "node", ONE)
 
     async def run() -> None:
-        async with cluster(tmp_path, PORTS, prefix=node.prefix) as (manager, _):
+        async with cluster(tmp_path, prefix=node.prefix) as (manager, _):
             (device,) = manager.devices.values()
             assert (device.id, device.model, device.memory_bytes) == ("GPU-fake-0", "Fake H100", 80 * GIB)
             for uid, amount in ((K1, 500), (K2, 250)):
@@ -123,9 +121,9 @@ def test_a_gpu_that_is_lost_takes_its_kernels_along_and_comes_back_by_itself(tmp
     node = GpuNode(tmp_path / "node", TWO)
 
     async def run() -> None:
-        port = metrics_page.free_port()
+        port = free_port()
         shown = ("--metrics-port", str(port))
-        async with cluster(tmp_path, PORTS, *shown, prefix=node.prefix) as (manager, agent):
+        async with cluster(tmp_path, *shown, prefix=node.prefix) as (manager, agent):
             manager.want(user(node, K1, "GPU-a"), user(node, K2, "GPU-b"), spec(K3))
             for uid in (K1, K2, K3):
                 await manager.healthy(uid)
@@ -180,7 +178,7 @@ def test_a_driver_that_comes_later_brings_its_gpus(tmp_path: Path) -> None:
     node = GpuNode(tmp_path / "node", TWO, driver=False)
 
     async def run() -> None:
-        async with cluster(tmp_path, PORTS, prefix=node.prefix) as (manager, _):
+        async with cluster(tmp_path, prefix=node.prefix) as (manager, _):
             assert not manager.devices and not manager.limitations
             node.unload()
             node.install()
@@ -207,7 +205,7 @@ def test_a_driver_that_hangs_delays_nobody(tmp_path: Path) -> None:
     node = GpuNode(tmp_path / "node", TWO)
 
     async def run() -> None:
-        async with cluster(tmp_path, PORTS, prefix=node.prefix) as (manager, agent):
+        async with cluster(tmp_path, prefix=node.prefix) as (manager, agent):
             manager.want(user(node, K1, "GPU-a"))
             await manager.healthy(K1)
             manager.measure_every(500)
@@ -241,7 +239,7 @@ def test_an_agent_whose_driver_hangs_from_the_start_joins_without_it(tmp_path: P
     node = GpuNode(tmp_path / "node", {**TWO, "hang": "Init"})
 
     async def run() -> None:
-        async with cluster(tmp_path, PORTS, prefix=node.prefix) as (manager, _):
+        async with cluster(tmp_path, prefix=node.prefix) as (manager, _):
             assert not manager.devices
             manager.want(spec(K1))
             await manager.healthy(K1)
@@ -260,12 +258,12 @@ def test_a_kernel_is_pinned_to_the_node_of_its_gpu(tmp_path: Path) -> None:
     cores = numa.written(machine.numa_nodes()[0].cpus)
 
     async def run() -> None:
-        async with cluster(tmp_path, PORTS, "--numa-pinning", prefix=node.prefix) as (manager, agent):
+        async with cluster(tmp_path, "--numa-pinning", prefix=node.prefix) as (manager, agent):
             assert not [said for said in manager.limitations if "pinned" in said]
             manager.want(user(node, K1, "GPU-a"), user(node, K2, "GPU-b"))
             for uid in (K1, K2):
                 await manager.healthy(uid)
-            assert _cpuset(manager.statuses[K1].pid) == (f"/dure/{K1}", cores, "0")
+            assert _cpuset(manager.statuses[K1].pid) == (f"/dure/{manager.wire(K1)}", cores, "0")
             # Its node has no cores, or is not there.
             assert _cpuset(manager.statuses[K2].pid)[1] in ("", cores)
             # The next agent ends it all the same.
@@ -274,7 +272,7 @@ def test_a_kernel_is_pinned_to_the_node_of_its_gpu(tmp_path: Path) -> None:
             await manager.until(lambda: manager.complete_reports == 2)
             manager.unwant(K1)
             await manager.gone(K1)
-            assert not list(Path("/sys/fs/cgroup").glob(f"*/dure/{K1}"))
+            assert not list(Path("/sys/fs/cgroup").glob(f"*/dure/{manager.wire(K1)}"))
 
     asyncio.run(run())
 

@@ -73,7 +73,7 @@ def test_health_goes_up_and_down(tmp_path: Path) -> None:
         async with cluster(tmp_path) as (manager, agent):
             manager.want(spec("k1"))
             await manager.healthy("k1")
-            sick = Path("/tmp/k1.sick")
+            sick = Path(f"/tmp/{manager.wire('k1')}.sick")
             sick.touch()
             try:
                 status = await manager.status("k1", lambda s: s.health == fleet_pb2.KERNEL_HEALTH_UNHEALTHY)

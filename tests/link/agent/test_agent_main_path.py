@@ -9,6 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import own_ports
 import pytest
 from agent_fakes import alive, cluster, spec
 
@@ -34,7 +35,7 @@ def test_a_kernel_becomes_healthy_and_goes(tmp_path: Path) -> None:
             took_s = time.monotonic() - began
             assert took_s < 3, took_s
             assert status.phase == fleet_pb2.KERNEL_PHASE_RUNNING
-            assert status.host == "127.0.0.1" and 20000 <= status.port <= 29999
+            assert status.host == "127.0.0.1" and status.port in own_ports.sessions()
             assert alive(status.pid)
             assert b"server.py" in Path(f"/proc/{status.pid}/cmdline").read_bytes()
             environ = Path(f"/proc/{status.pid}/environ").read_bytes().decode()
@@ -49,7 +50,7 @@ def test_a_kernel_becomes_healthy_and_goes(tmp_path: Path) -> None:
             assert not alive(status.pid)
             assert not agent.kernel_folder("k1").exists()
             assert next(s.phase for s in manager.history if s.uid == "k1") == fleet_pb2.KERNEL_PHASE_PREPARING
-            leftovers = list(Path("/sys/fs/cgroup").glob("**/dure/k1"))
+            leftovers = list(Path("/sys/fs/cgroup").glob(f"**/dure/{manager.wire('k1')}"))
             assert leftovers == []
 
     asyncio.run(run())

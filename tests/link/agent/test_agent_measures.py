@@ -12,6 +12,7 @@ from pathlib import Path
 import metrics_page
 import pytest
 from agent_fakes import FakeManager, cluster, spec
+from own_ports import free_port
 from test_agent_node import POOR, usable
 
 from dure.fleet.v1 import fleet_pb2
@@ -65,7 +66,7 @@ async def check_busy(manager: FakeManager) -> None:
 @root_only
 def test_kernels_are_measured_at_the_manager_s_interval(tmp_path: Path) -> None:
     async def run() -> None:
-        port = metrics_page.free_port()
+        port = free_port()
         async with cluster(tmp_path, "--metrics-port", str(port)) as (manager, _):
             manager.want(busy("busy"), busy("idle", IDLE))
             await started(manager, "busy")
@@ -81,7 +82,8 @@ def test_kernels_are_measured_at_the_manager_s_interval(tmp_path: Path) -> None:
             assert metrics_page.value(page, "dure_agent_kernels", phase="RUNNING") == 2
             assert metrics_page.value(page, "dure_agent_manager_connected") == 1
             assert metrics_page.value(page, "dure_agent_kernel_start_duration_seconds_count") == 2
-            labels = {"project": "p", "endpoint": "e", "replica": "replica-busy", "kernel": "busy"}
+            labels = {"project": "p", "endpoint": "e", "replica": "replica-busy"}
+            labels["kernel"] = manager.wire("busy")
             assert metrics_page.value(page, "dure_agent_kernel_memory_bytes", **labels) >= 100 * MIB
             assert 0 < metrics_page.value(page, "dure_agent_kernel_cpu_ratio", **labels) < 0.4
             assert metrics_page.value(page, "dure_agent_measure_duration_seconds_count") >= 4
@@ -90,7 +92,8 @@ def test_kernels_are_measured_at_the_manager_s_interval(tmp_path: Path) -> None:
             await manager.gone("busy")
             await manager.until(lambda: not manager.values("busy") and bool(manager.values("idle")))
             page = await metrics_page.read(port)
-            assert [dict(own)["kernel"] for own in page["dure_agent_kernel_memory_bytes"]] == ["idle"]
+            told = [dict(own)["kernel"] for own in page["dure_agent_kernel_memory_bytes"]]
+            assert told == [manager.wire("idle")]
 
     asyncio.run(run())
 
@@ -143,7 +146,7 @@ def test_a_short_life_ends_no_measuring(tmp_path: Path) -> None:
     """Kernels that come and go while they are looked at."""
 
     async def run() -> None:
-        port = metrics_page.free_port()
+        port = free_port()
         async with cluster(tmp_path, "--metrics-port", str(port)) as (manager, _):
             manager.measure_every(500)
             manager.want(busy("idle", IDLE))
@@ -164,7 +167,7 @@ def test_a_short_life_ends_no_measuring(tmp_path: Path) -> None:
 
 def test_a_metrics_port_that_is_taken_keeps_nobody_from_working(tmp_path: Path) -> None:
     async def run() -> None:
-        port = metrics_page.free_port()
+        port = free_port()
         server = await asyncio.start_server(lambda *_: None, "127.0.0.1", port)
         async with cluster(tmp_path) as (manager, agent):
             async with server:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import own_ports
 import pytest
 from agent_fakes import AgentProcess, alive, cluster, processes_of, spec
 
@@ -100,10 +101,10 @@ def test_limits_are_set(tmp_path: Path) -> None:
             manager.want(spec("k1", slots={"cpu": 500, "mem": 128 * 2**20 * 1000}))
             pid = (await manager.healthy("k1")).pid
             groups = Path(f"/proc/{pid}/cgroup").read_text()
-            assert groups.count("/dure/k1") >= 1
+            assert groups.count(f"/dure/{manager.wire('k1')}") >= 1
             values = [
                 file.read_text().strip()
-                for file in Path("/sys/fs/cgroup").glob("**/dure/k1/*")
+                for file in Path("/sys/fs/cgroup").glob(f"**/dure/{manager.wire('k1')}/*")
                 if file.name in ("memory.limit_in_bytes", "memory.max", "cpu.cfs_quota_us", "cpu.max")
             ]
             assert str(128 * 2**20) in values
@@ -148,11 +149,11 @@ def test_a_node_without_groups_and_mounts(tmp_path: Path) -> None:
 @pytest.mark.skipif(not usable(USER), reason="needs user namespaces")
 def test_a_user_with_user_namespaces_sees_its_mounts(tmp_path: Path) -> None:
     async def run() -> None:
-        async with cluster(tmp_path, prefix=USER) as (manager, _):
+        async with cluster(tmp_path, prefix=USER) as (manager, agent):
             assert manager.hello is not None and manager.hello.maps_mounts, manager.hello
             manager.want(spec("k1", "pwd; ls; touch x; exec python /models/server.py"))
             await manager.healthy("k1")
-            log = (tmp_path / "data/agents/node-1/kernels/k1/log").read_text()
+            log = (agent.kernel_folder("k1") / "log").read_text()
             assert [line.partition(" ")[2] for line in log.splitlines()[:2]] == ["/models", "server.py"]
             assert "Read-only file system" in log
 
@@ -161,11 +162,12 @@ def test_a_user_with_user_namespaces_sees_its_mounts(tmp_path: Path) -> None:
 
 def test_agents_of_one_host_share_leases_and_a_dead_one_keeps_its_own(tmp_path: Path) -> None:
     async def run() -> None:
-        async with cluster(tmp_path, "--session-ports", "21000-21002") as (manager, agent):
+        three = ("--session-ports", own_ports.option(own_ports.sessions()[:3]))
+        async with cluster(tmp_path, *three) as (manager, agent):
             manager.want(spec("k1"))
             first = (await manager.healthy("k1")).port
             await agent.end(signal.SIGKILL)
-            other = AgentProcess(tmp_path / "data", manager, "--session-ports", "21000-21002", name="node-2")
+            other = AgentProcess(tmp_path / "data", manager, *three, name="node-2")
             manager.specs.clear()
             await other.start()
             try:

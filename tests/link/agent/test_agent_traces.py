@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from agent_fakes import cluster, spec
-from otlp_receiver import receiver
+from otlp_receiver import Span, receiver
 
 
 def test_starts_are_traced(tmp_path: Path) -> None:
@@ -15,8 +15,12 @@ def test_starts_are_traced(tmp_path: Path) -> None:
         async with receiver() as received:
             prefix = ("env", *(f"{name}={value}" for name, value in received.environ.items()))
             async with cluster(tmp_path, prefix=prefix) as (manager, _):
+
+                def is_of(span: Span, uid: str) -> bool:
+                    return span.attributes["dure.kernel"] == manager.wire(uid)
+
                 manager.want(spec("k1", "exec sleep 600", health_check=None))
-                started = await received.span(lambda span: span.attributes["dure.kernel"] == "k1")
+                started = await received.span(lambda span: is_of(span, "k1"))
                 assert (started.program, started.name, started.failed) == (
                     "dure-agent",
                     "kernel start",
@@ -24,7 +28,7 @@ def test_starts_are_traced(tmp_path: Path) -> None:
                 )
                 assert started.attributes["dure.endpoint"] == "e"
                 manager.want(spec("k2", ["/does/not/exist"], health_check=None))
-                failed = await received.span(lambda span: span.attributes["dure.kernel"] == "k2")
+                failed = await received.span(lambda span: is_of(span, "k2"))
                 assert failed.failed and "/does/not/exist" in failed.message
 
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in os.environ

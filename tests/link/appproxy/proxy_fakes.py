@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import grpc.aio
 import uvloop
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from own_ports import free_ports
 
 from dure.appproxy.live import Limits
 from dure.appproxy.serve import Settings, serve
@@ -30,21 +29,6 @@ from dure.wire.tokens import Claims, sign
 
 JOIN_TOKEN = "dure_join_test"
 KEY_ID = "key-1"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports below the ephemeral range, so that no outgoing connection takes one meanwhile."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(12_000, 19_900)
-        with contextlib.closing(socket.socket()) as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return found
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:

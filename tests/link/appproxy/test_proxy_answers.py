@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from own_ports import free_port
 from proxy_fakes import (
     KEY_ID,
     bench,
     exchange,
-    free_ports,
     raw_replica,
     read_head,
     replica,
@@ -237,7 +237,7 @@ def test_unreachable_closed_late_and_nonsense(tmp_path: Path) -> None:
             raw_replica(two_framings) as p4,
         ):
             for port, status, code in (
-                (free_ports(1)[0], 502, "upstream_unreachable"),
+                (free_port(), 502, "upstream_unreachable"),
                 (p1, 502, "upstream_closed"),
                 (p2, 504, "upstream_timeout"),
                 (p3, 502, "upstream_invalid"),

@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp import web
+from own_ports import free_port, free_ports
 from proxy_fakes import (
     bench,
-    free_ports,
     listening,
     raw_replica,
     read_head,
@@ -125,7 +125,7 @@ def test_replacement_under_load_fails_nothing(tmp_path: Path) -> None:
 
 def test_the_only_replica_restarts_within_the_search_time(tmp_path: Path) -> None:
     async def test() -> None:
-        port = free_ports(1)[0]
+        port = free_port()
 
         async def ok(request: web.Request) -> web.Response:
             return web.Response(text="back")
@@ -149,7 +149,7 @@ def test_a_table_update_rescues_requests_that_search(tmp_path: Path) -> None:
             return web.Response(text="new")
 
         async with bench(tmp_path) as b, replica(ok) as new:
-            await b.serves(route("e", b.port, free_ports(1)[0]))
+            await b.serves(route("e", b.port, free_port()))
             request = asyncio.create_task(b.http.get(b.url))
             await b.reaches("dure_proxy_retries_total", 2)
             await b.manager.set(route("e", b.port, new))
@@ -224,7 +224,7 @@ def test_unreachable_targets_are_reported_and_left_alone(tmp_path: Path) -> None
         async def ok(request: web.Request) -> web.Response:
             return web.Response()
 
-        dead = free_ports(1)[0]
+        dead = free_port()
         async with bench(tmp_path) as b, replica(ok) as good:
             await b.serves(route("e", b.port, dead, good))
             for _ in range(50):

@@ -13,7 +13,8 @@ from typing import cast
 import aiohttp
 import pytest
 from aiohttp import web
-from proxy_fakes import Bench, bench, free_ports, listening, proxy, replica, route, run, target, until
+from own_ports import free_port, free_ports
+from proxy_fakes import Bench, bench, listening, proxy, replica, route, run, target, until
 
 from dure.routing.v1 import routing_pb2 as pb
 
@@ -249,7 +250,7 @@ def test_the_table_on_disk_keeps_the_pools(tmp_path: Path) -> None:
                 await b.serves(route("e", b.port, *targets, pools=_pools(r1=90, r2=10)))
                 ports = (min(b.ports), max(b.ports))
                 await until((b.proxy.home / "table.pb").exists)
-            async with proxy(tmp_path, free_ports(1)[0], ports) as again, aiohttp.ClientSession() as http:
+            async with proxy(tmp_path, free_port(), ports) as again, aiohttp.ClientSession() as http:
                 await listening(b.port)
                 assert await _ask(Bench(b.manager, again, b.port, b.ports, http), 100) == {"1": 90, "2": 10}
 

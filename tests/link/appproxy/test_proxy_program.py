@@ -15,10 +15,10 @@ import aiohttp
 import tomli
 from aiohttp import web
 from otlp_receiver import receiver
+from own_ports import free_ports
 from proxy_fakes import (
     JOIN_TOKEN,
     FakeManager,
-    free_ports,
     listening,
     read_head,
     replica,

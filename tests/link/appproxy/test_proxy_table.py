@@ -10,11 +10,11 @@ from pathlib import Path
 
 import aiohttp
 from aiohttp import web
+from own_ports import free_port, free_ports
 from proxy_fakes import (
     FakeManager,
     bench,
     exchange,
-    free_ports,
     listening,
     proxy,
     replica,
@@ -222,7 +222,7 @@ def test_serves_from_disk_without_a_manager(tmp_path: Path) -> None:
                 headers = {"Authorization": f"Bearer {b.manager.token('e')}"}
                 ports = (min(b.ports), max(b.ports))
                 url = b.url
-            async with proxy(tmp_path, free_ports(1)[0], ports) as again, aiohttp.ClientSession() as http:
+            async with proxy(tmp_path, free_port(), ports) as again, aiohttp.ClientSession() as http:
                 await listening(b.port)
                 assert await _status(http, url, headers=headers) == 200
                 assert await _status(http, url) == 401
@@ -232,7 +232,7 @@ def test_serves_from_disk_without_a_manager(tmp_path: Path) -> None:
                 assert ready["table_revision_number"] == b.manager.revision
                 assert ready["table_age_s"] >= 0
             table.write_bytes(table.read_bytes()[:-3])
-            async with proxy(tmp_path, free_ports(1)[0], ports) as broken:
+            async with proxy(tmp_path, free_port(), ports) as broken:
                 ready = await broken.readyz()
                 assert ready["status"] != "ready"
 
@@ -244,7 +244,7 @@ def test_subdomains(tmp_path: Path) -> None:
         async def who(request: web.Request) -> web.Response:
             return web.Response(text=f"{request.headers['X-Forwarded-Host']}")
 
-        front = free_ports(1)[0]
+        front = free_port()
         async with bench(tmp_path, domain="apps.example.org", port=front) as b, replica(who) as port:
             await b.manager.set(route("e", 0, port, label="chat-abc123"), route("f", 0, label="idle-1"))
             await b.applied()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import aiohttp
 from aiohttp import web
-from proxy_fakes import FakeManager, bench, free_ports, listening, proxy, replica, route, run, until
+from own_ports import free_port
+from proxy_fakes import FakeManager, bench, listening, proxy, replica, route, run, until
 
 
 async def _ok(request: web.Request) -> web.Response:
@@ -74,7 +75,7 @@ def test_a_proxy_started_from_its_disk_knows_the_revocation(tmp_path: Path) -> N
                 expired = b.manager.token("e", uid="token-3", expires_in_s=-1)
                 ports = (min(b.ports), max(b.ports))
                 key, revision = b.manager.key, b.manager.revision
-            nobody = free_ports(1)[0]
+            nobody = free_port()
             async with proxy(tmp_path, nobody, ports), aiohttp.ClientSession() as http:
                 await listening(b.port)
                 assert await _code(http, b.url, token) == "token_revoked"

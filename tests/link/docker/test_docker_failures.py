@@ -8,12 +8,14 @@ import json
 import tarfile
 from pathlib import Path
 
-from containers import engines, registry
+from containers import engines
 from containers.nodes import kernel, names, node, report
+from own_ports import free_port
 
 from dure.fleet.v1 import fleet_pb2
 from dure.fleet.v1.fleet_pb2 import PreStartAction
 
+OTHER = engines.tag("s390x")
 NEVER, ALWAYS = fleet_pb2.IMAGE_PULL_POLICY_NEVER, fleet_pb2.IMAGE_PULL_POLICY_ALWAYS
 HOG = "x = bytearray(64 * 2**20)\nwhile True:\n    x += bytes(2**24)"
 
@@ -24,9 +26,7 @@ def other_architecture() -> bytes:
     config = json.dumps(
         {"architecture": "s390x", "os": "linux", "config": {"Cmd": ["true"]}, "rootfs": {"type": "layers"}}
     ).encode()
-    manifest = json.dumps(
-        [{"Config": "c.json", "RepoTags": ["dure-test-variant:s390x"], "Layers": []}]
-    ).encode()
+    manifest = json.dumps([{"Config": "c.json", "RepoTags": [OTHER], "Layers": []}]).encode()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for name, content in (("c.json", config), ("manifest.json", manifest)):
             member = tarfile.TarInfo(name)
@@ -36,14 +36,14 @@ def other_architecture() -> bytes:
 
 
 def test_images_that_cannot_run(tmp_path: Path) -> None:
-    closed = f"127.0.0.1:{registry.closed_port()}/nothing/here:1"
+    closed = f"127.0.0.1:{free_port()}/nothing/here:1"
     cases = {
         "never": (kernel("never", image="dure-test:none", image_pull_policy=NEVER), "is not on this node"),
         "none": (kernel("none", image=""), "--image"),
         "unreachable": (kernel("unreachable", image=closed), "connection refused"),
         "bad": (kernel("bad", image="No Such*Thing"), "names no image"),
         "worse": (kernel("worse", image="-No/Thing", image_pull_policy=ALWAYS), "image"),
-        "other": (kernel("other", image="dure-test-variant:s390x"), "is made for s390x, this node is"),
+        "other": (kernel("other", image=OTHER), "is made for s390x, this node is"),
     }
 
     async def run() -> None:
@@ -61,7 +61,7 @@ def test_images_that_cannot_run(tmp_path: Path) -> None:
         try:
             asyncio.run(run())
         finally:
-            engine.remove_image("dure-test-variant:s390x", force=True)
+            engine.remove_image(OTHER, force=True)
 
 
 def test_commands_that_cannot_start_and_ends(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_kernel_becomes_healthy_is_measured_and_goes(tmp_path: Path) -> None:
             assert inspected["State"]["Pid"] == status.pid
             labels = inspected["Config"]["Labels"]
             assert labels["dure.agent-uid"] == "agent-uid" and labels["dure.agent"] == "node-1"
-            assert labels["dure.session"] == "session-k1" and labels["dure.generation"] == "1"
+            assert labels["dure.session"] == manager.wire("session-k1") and labels["dure.generation"] == "1"
 
             await manager.until(lambda: "net_rx" in manager.values("k1"))
             before = manager.values("k1")

@@ -11,7 +11,8 @@ import pytest
 from agent_fakes import alive
 from containers import engines
 from containers.nodes import kernel, node
-from test_agent_clusters import free_port, session
+from own_ports import free_port
+from test_agent_clusters import session
 
 from dure.fleet.v1 import fleet_pb2
 

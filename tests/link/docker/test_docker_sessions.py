@@ -7,10 +7,11 @@ import json
 import signal
 from pathlib import Path
 
+import own_ports
 from agent_fakes import AgentProcess, FakeManager
 from containers import engines
 from containers.nodes import ask, container, names, node
-from test_agent_clusters import JOB, free_port, session
+from test_agent_clusters import JOB, session
 
 from dure.fleet.v1 import fleet_pb2
 
@@ -20,7 +21,7 @@ JOB_COMMAND = ["python", "job.py"]
 def networks(agent: AgentProcess) -> list[str]:
     with engines.client() as engine:
         found = engine.networks(filters={"label": [f"dure.home={agent.home}"]})
-        return [one["Labels"]["dure.session"] for one in found]
+        return [agent.manager.plain(one["Labels"]["dure.session"]) for one in found]
 
 
 def of_one_node(*specs: fleet_pb2.KernelSpec) -> list[fleet_pb2.KernelSpec]:
@@ -93,12 +94,12 @@ def test_a_session_over_two_nodes(tmp_path: Path) -> None:
                 await second.until(lambda: second.complete_reports == 1)
                 (manager.storage / "folder-1" / "job.py").write_text(JOB)
                 addresses = ["localhost", "127.0.0.1"]
-                specs = session("s", 2, free_port(), JOB_COMMAND, addresses, image=engines.IMAGE)
+                specs = session("s", 2, own_ports.free_port(), JOB_COMMAND, addresses, image=engines.IMAGE)
                 for number, spec in enumerate(specs):
                     spec.cluster.local_rank = 0
                     (manager, second)[number].want(spec)
                 status = await manager.healthy("s-main1")
-                assert 20000 <= status.port <= 29999
+                assert status.port in own_ports.sessions()
                 assert json.loads(await ask(status)) == {"0": "main1", "1": "sub1"}
                 sub = await second.status("s-sub1", lambda s: s.phase == fleet_pb2.KERNEL_PHASE_RUNNING)
                 assert sub.port not in (0, status.port)

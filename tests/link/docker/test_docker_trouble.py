@@ -39,7 +39,7 @@ def test_an_engine_that_hangs_holds_up_nobody_else(tmp_path: Path) -> None:
             manager.unwant("going")
             manager.want(kernel("new"))
             # As seen by the kernel itself, in its own /tmp.
-            Path(f"/proc/{pid}/root/tmp/sick.sick").touch()
+            Path(f"/proc/{pid}/root/tmp/{manager.wire('sick')}.sick").touch()
             # Probes go on, and with them the news to the manager.
             await manager.status("sick", lambda s: s.health == UNHEALTHY)
             rounds = len(manager.rounds)

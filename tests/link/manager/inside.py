@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from system.cluster import free_ports
+from own_ports import free_port
 
 from dure.client import Client
 from dure.manager import main
@@ -37,7 +37,7 @@ class Inside:
 
 @contextlib.asynccontextmanager
 async def manager_inside(home: Path, port: int = 0) -> AsyncIterator[Inside]:
-    port = port or free_ports(1)
+    port = port or free_port()
     task = asyncio.create_task(main.run(main.Settings(home, "127.0.0.1", port, 1.0)))
     try:
         async with asyncio.timeout(20):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc.aio
 import metrics_page
+import own_ports
 import pytest
 from metrics_page import value
 from otlp_receiver import receiver
@@ -39,7 +40,7 @@ async def connect_an_agent(manager: Manager, client: Client) -> None:
 
 
 def test_the_page_tells_what_there_is_and_what_was_done(tmp_path: Path) -> None:
-    port = metrics_page.free_port()
+    port = own_ports.free_port()
 
     async def body(manager: Manager) -> None:
         async with asyncio.timeout(60), await manager.client() as client:
@@ -104,7 +105,7 @@ async def _watch(client: Client) -> None:
 
 
 def test_a_restart_takes_the_metrics_port_up_again(tmp_path: Path) -> None:
-    port = metrics_page.free_port()
+    port = own_ports.free_port()
 
     async def body(manager: Manager) -> None:
         async with await manager.client() as client:
@@ -145,7 +146,7 @@ def test_calls_are_traced_and_belong_to_their_callers_trace(tmp_path: Path) -> N
 
 
 def test_a_collector_that_is_away_holds_up_nobody(tmp_path: Path) -> None:
-    away = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{metrics_page.free_port()}"}
+    away = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{own_ports.free_port()}"}
 
     began_s = time.monotonic()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from system.cluster import free_ports
+from own_ports import free_port
 
 from dure.client import Client
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -38,7 +38,7 @@ class Manager:
         self.data_dir = data_dir
         self._arguments = arguments
         self._environ = {**os.environ, **(environ or {})}
-        self.port = free_ports(1)
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
