@@ -29,7 +29,7 @@ from dure.agent.link import Link, Refused
 from dure.agent.log_archive import LogArchive
 from dure.agent.log_sender import LogSender
 from dure.agent.measurer import Measurer
-from dure.agent.runner import Node
+from dure.agent.node import Node
 from dure.agent.storage import ManagerStorage
 from dure.agent.supervisor import Supervisor
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc

@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 
 from dure.agent.backends.base import Ended, Handle
 from dure.agent.kernel import Action, Event, Kernels, Phase, Step
-from dure.agent.runner import Node, Runner
+from dure.agent.node import Node
+from dure.agent.runner import Runner
 from dure.fleet.v1 import fleet_pb2
 
 # More than any node runs: a manager that sends more is out of its mind, and must not fill this one's memory.
