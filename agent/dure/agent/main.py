@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
 import signal
+from collections.abc import Coroutine
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import uvloop
@@ -30,12 +32,14 @@ from dure.agent.node import Node
 from dure.agent.options import BACKENDS_GROUP, Options, checked, declare
 from dure.agent.storage import ManagerStorage
 from dure.agent.supervisor import Supervisor
+from dure.agent.waiting import watched
 from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire import channel, identity, logs, metrics_server, programs, quantities, settings, tracing
 from dure.wire.backoff import backoff_s
 from dure.wire.errors import DureError
 
 PROTOCOL_VERSION = 1
+_T = TypeVar("_T")
 _NOT_RECORDED = ("data_dir", "name", "join_token", "stop_sessions")
 _log = logging.getLogger(__name__)
 
@@ -79,12 +83,32 @@ def _plain(value: Any) -> Any:
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
+class _ToldToGo(Exception):
+    """SIGTERM came before the agent was up."""
+
+
 async def _serve(options: Options) -> None:
     """Until a signal comes. Raises Refused if the manager does not let it join."""
-    asked = _on_signals()
+    with contextlib.suppress(_ToldToGo):
+        await _come_up_and_serve(options, _on_signals())
+
+
+async def _unless_told(asked: asyncio.Future[signal.Signals], work: Coroutine[Any, Any, _T]) -> _T:
+    """What may wait for a container engine or a driver. SIGINT waits too: it has sessions to stop, which are
+    not known yet. Raises _ToldToGo."""
+    task = asyncio.create_task(work)
+    await asyncio.wait({asked, task}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done() and asked.result() == signal.SIGTERM:
+        task.cancel()
+        await asyncio.wait([task])
+        raise _ToldToGo
+    return await task
+
+
+async def _come_up_and_serve(options: Options, asked: asyncio.Future[signal.Signals]) -> None:
     host = options.advertise_address or await _advertised(options.manager, asked)
     backend = _load_backend(options)
-    abilities = await backend.probe()
+    abilities = await _unless_told(asked, backend.probe())
     plugins = _load_accelerators()
     limitations = [*abilities.limitations, *_no_pinning(options, abilities)]
     for limitation in limitations:
@@ -105,14 +129,22 @@ async def _serve(options: Options) -> None:
             supervisor,
             supervisor.changed.set,
             file=options.home / "devices.pb",
-            held=await supervisor.held_before(),
+            held=await _unless_told(asked, supervisor.held_before()),
             limitations=limitations,
             withheld=abilities.no_devices,
             on_round=guard.look,
         )
-        watching = asyncio.create_task(watch.run())
-        await watch.first()
-        await supervisor.adopt()
+        watching = watched(watch.run(), "watching devices")
+        try:
+            await _unless_told(asked, watch.first())
+            await _unless_told(asked, supervisor.adopt())
+        except _ToldToGo:
+            watching.cancel()
+            await asyncio.wait([watching])
+            await supervisor.detach()
+            await modes.detach()
+            await backend.close()
+            raise
 
         def hello() -> fleet_pb2.Hello:
             return _hello(options, host, backend.name, abilities, watch)
@@ -151,7 +183,9 @@ async def _serve(options: Options) -> None:
             working = [
                 linked,
                 watching,
-                *(asyncio.create_task(part.run()) for part in (node.logs, measurer, backend)),
+                watched(node.logs.run(), "keeping logs"),
+                watched(measurer.run(), "measuring"),
+                watched(backend.run(), f"back end {backend.name}"),
             ]
             waited: set[asyncio.Future[Any]] = {asked, linked}
             try:

@@ -17,6 +17,7 @@ from dure.agent.backends.base import Ended, Handle
 from dure.agent.kernel import Action, Event, Kernels, Phase, Step
 from dure.agent.node import Node
 from dure.agent.runner import Runner
+from dure.agent.waiting import watched
 from dure.fleet.v1 import fleet_pb2
 
 # More than any node runs: a manager that sends more is out of its mind, and must not fill this one's memory.
@@ -119,8 +120,7 @@ class Supervisor:
                 del self._ends[uid]
 
         _log.warning("ending kernel %s (%s): %s", uid, runner.spec.endpoint, ended.message)
-        self._ends[uid] = task = asyncio.create_task(end(), name=f"end of kernel {uid}")
-        task.add_done_callback(_tell_of_crash)
+        self._ends[uid] = watched(end(), f"end of kernel {uid}")
 
     def phases(self) -> Counter[Phase]:
         """How many kernels are in each phase."""
@@ -237,9 +237,7 @@ class Supervisor:
         self._begin(uid, remove())
 
     def _begin(self, uid: str, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine, name=f"kernel {uid}")
-        task.add_done_callback(_tell_of_crash)
-        self._tasks[uid] = task
+        self._tasks[uid] = watched(coroutine, f"kernel {uid}")
 
     def _emitter(self, uid: str) -> Callable[[Event | None], None]:
         def emit(event: Event | None) -> None:
@@ -280,8 +278,3 @@ async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         task.cancel()
     if pending:
         await asyncio.wait(pending)
-
-
-def _tell_of_crash(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("%s broke; this is a bug", task.get_name(), exc_info=error)

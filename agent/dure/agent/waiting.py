@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import select
 import threading
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+def watched(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    """A task of which it is told when it breaks, though nobody waits for it."""
+    task = asyncio.get_running_loop().create_task(work, name=name)
+    task.add_done_callback(_tell_of_crash)
+    return task
+
+
+def _tell_of_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("%s broke; this is a bug", task.get_name(), exc_info=error)
 
 
 async def readable(descriptors: Sequence[int], limit_s: float | None = None) -> bool:

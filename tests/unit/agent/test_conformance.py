@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dure.agent.conformance import report, specs
+from dure.agent.conformance.check import Check, batches
 from dure.agent.conformance.checks import CHECKS
-from dure.agent.conformance.outcome import Check, Outcome, Result, batches
+from dure.agent.conformance.outcome import Outcome, Result
 from dure.agent.conformance.program import filled
 from dure.client.cli.main import load_program
 from dure.fleet.v1 import fleet_pb2

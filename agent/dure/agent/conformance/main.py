@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import click
 
 from dure.agent.conformance import report, suite
+from dure.agent.conformance.check import Check
 from dure.agent.conformance.checks import CHECKS
-from dure.agent.conformance.outcome import Check, Outcome, Result
+from dure.agent.conformance.outcome import Outcome, Result
 
 _NAME_WIDTH = max(len(check.name) for check in CHECKS)
 

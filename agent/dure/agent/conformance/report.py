@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from dure.agent.conformance.outcome import Check, Outcome, Result
+from dure.agent.conformance.check import Check
+from dure.agent.conformance.outcome import Outcome, Result
 from dure.fleet.v1 import fleet_pb2
 
 _COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.NOT_APPLICABLE: "yellow"}

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import aiohttp
 
+from dure.agent.conformance.check import Check, batches
 from dure.agent.conformance.manager import JOIN_TOKEN, STORAGE_ID, Manager
-from dure.agent.conformance.outcome import Check, Failed, NotApplicable, Outcome, Result, batches
+from dure.agent.conformance.outcome import Failed, NotApplicable, Outcome, Result
 from dure.agent.conformance.program import Program
 from dure.agent.conformance.stage import Stage, Subject
 from dure.fleet.v1 import fleet_pb2

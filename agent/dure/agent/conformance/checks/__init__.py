@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dure.agent.conformance.check import Check
 from dure.agent.conformance.checks import (
     clusters,
     ends,
@@ -15,7 +16,6 @@ from dure.agent.conformance.checks import (
     stream,
     wishes,
 )
-from dure.agent.conformance.outcome import Check
 
 CHECKS: tuple[Check, ...] = (
     *stream.CHECKS,

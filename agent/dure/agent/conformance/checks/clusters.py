@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from dure.agent.conformance import specs
+from dure.agent.conformance.check import check
 from dure.agent.conformance.checks.starts import free_port
-from dure.agent.conformance.outcome import check, demand
+from dure.agent.conformance.outcome import demand
 from dure.agent.conformance.stage import Stage
 from dure.fleet.v1 import fleet_pb2
 

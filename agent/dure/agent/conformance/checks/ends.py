@@ -11,7 +11,8 @@ from pathlib import Path
 from signal import SIGKILL
 
 from dure.agent.conformance import specs
-from dure.agent.conformance.outcome import Failed, NotApplicable, check, demand
+from dure.agent.conformance.check import check
+from dure.agent.conformance.outcome import Failed, NotApplicable, demand
 from dure.agent.conformance.stage import Stage
 from dure.fleet.v1 import fleet_pb2
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
+from dure.agent.conformance.check import check
 from dure.agent.conformance.manager import LOG_BYTES_MAX, Answer
-from dure.agent.conformance.outcome import check, demand
+from dure.agent.conformance.outcome import demand
 from dure.agent.conformance.stage import Stage
 
 _LINES = 3_000

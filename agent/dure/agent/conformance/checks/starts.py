@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 
 from dure.agent.conformance import specs
-from dure.agent.conformance.outcome import NotApplicable, check, demand
+from dure.agent.conformance.check import check
+from dure.agent.conformance.outcome import NotApplicable, demand
 from dure.agent.conformance.stage import Stage
 from dure.fleet.v1 import fleet_pb2
 

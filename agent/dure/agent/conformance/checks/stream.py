@@ -8,8 +8,9 @@ import re
 import time
 
 from dure.agent.conformance import specs
+from dure.agent.conformance.check import check
 from dure.agent.conformance.manager import HEARTBEAT_MS
-from dure.agent.conformance.outcome import Failed, check, demand
+from dure.agent.conformance.outcome import Failed, demand
 from dure.agent.conformance.stage import RECONNECT_LIMIT_S, Stage
 from dure.fleet.v1 import fleet_pb2
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from dure.agent.conformance import specs
-from dure.agent.conformance.outcome import Failed, check, demand
+from dure.agent.conformance.check import check
+from dure.agent.conformance.outcome import Failed, demand
 from dure.agent.conformance.stage import Stage
 from dure.fleet.v1 import fleet_pb2
 
