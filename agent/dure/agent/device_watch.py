@@ -137,8 +137,9 @@ class DeviceWatch:
             _log.warning("%s", sentence)
         for sentence in after.recoveries:
             _log.info("%s", sentence)
-        # First: who places the kernels that end now anew must not choose the same devices.
-        self._tell_changes()
+        if after.lost:
+            # First: who places anew the kernels that end now must not choose the same devices.
+            self._tell_changes()
         running = (spec for spec, _ in self._kernels.running())
         for uid, ended in device_changes.doomed(running, after.lost).items():
             self._kernels.condemn(uid, ended)
