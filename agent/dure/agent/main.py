@@ -217,7 +217,8 @@ async def _stop_sessions(options: Options) -> None:
         storage = ManagerStorage(fleet_pb2_grpc.FleetServiceStub(connection))
         modes = Modes(options.home, options.enforcement, backend.contains, {})
         node = _node(options, "127.0.0.1", backend, {}, modes, storage, http)
-        await Supervisor(options.home, node).stop_found()
+        count = await Supervisor(options.home, node).stop_found()
+        click.echo(f"{count} session{'' if count == 1 else 's'} of agent `{options.name}` stopped", err=True)
         await modes.close()
         await backend.close()
 

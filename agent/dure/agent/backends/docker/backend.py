@@ -39,12 +39,15 @@ from dure.agent.shim.files import read_json, write_json
 from dure.agent.usage import Usage
 from dure.fleet.v1 import fleet_pb2
 
-# An engine may still be coming up when the agent does.
-PROBE_S = 30.0
+# An engine may still be coming up when the agent does. Less than what others wait for an agent.
+PROBE_S = 20.0
 # After SIGKILL; more means that the kernel of the machine holds it.
 KILL_S = 15.0
 LOG_END_S = 5.0
 REAP_S = 60.0
+# An engine takes some tenths of a second from killing a container to its removal.
+REMOVAL_S, REMOVAL_LOOKS = 1.0, 5
+PAUSED = "its container is paused: `docker unpause` lets it go on"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -203,6 +206,8 @@ class DockerBackend:
             return None
         if found is None:
             self.write_exit(handle, _gone({"boot_id": boot_id()}))
+        elif not found.running and await self._was_removed(handle, kernel, found):
+            self.write_exit(handle, _gone({"boot_id": boot_id()}))
         elif not found.running:
             await kernel.log.finished(LOG_END_S)
             self._write_end(handle, found, stopped=kernel.stopping)
@@ -210,9 +215,24 @@ class DockerBackend:
             if kernel.seen is None or kernel.seen.pid != found.pid:
                 kernel.groups = None
             kernel.seen = found
-            return Observation(pid=found.pid, started_at_s=kernel.begun_s, port=found.port)
+            message = PAUSED if found.status == "paused" else ""
+            return Observation(found.pid, kernel.begun_s, message, port=found.port)
         kernel.seen = found
         return Observation(ended=outcome.read(read_json(str(handle.folder / "exit.json")) or {}))
+
+    async def _was_removed(self, handle: Handle, kernel: Kernel, found: Seen) -> bool:
+        """Whether it ended because somebody else removed its container: that kills it first, and the
+        container is gone a moment later."""
+        if kernel.stopping or not self._watch.was_killed(handle.uid):
+            return False
+        try:
+            for _ in range(REMOVAL_LOOKS):
+                await asyncio.sleep(REMOVAL_S / REMOVAL_LOOKS)
+                if await self._containers.look(handle.uid, kernel.container) is None:
+                    return True
+        except EngineError:
+            return False
+        return False
 
     async def stop(self, handle: Handle, grace_s: float) -> None:
         kernel = self._kernels.get(handle.uid)

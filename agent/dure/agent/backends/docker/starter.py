@@ -67,7 +67,8 @@ class Starter:
         # Of a start that was broken off.
         for listed in await self._containers.of(spec.uid):
             await self._containers.remove(listed["Id"])
-        binds, checks = await asyncio.to_thread(_prepare, plan)
+        user = request.user(image, container.strict)
+        binds, checks = await asyncio.to_thread(_prepare, plan, user)
         try:
             owner = self._containers.known_owner()
             network = await self._networks.provide(spec, owner) if container.names else ""
@@ -187,7 +188,7 @@ class _Start:
         return tuple(fill(word, values) for word in request.command(self.plan, self.image))
 
 
-def _prepare(plan: Plan) -> tuple[list[Bind], list[tuple[int, str]]]:
+def _prepare(plan: Plan, user: str) -> tuple[list[Bind], list[tuple[int, str]]]:
     """What the container mounts, and descriptors of folders within folders with where they must appear: who
     may write beside such a folder could exchange it for a link before the engine looks."""
     folder = plan.handle.folder
@@ -211,6 +212,8 @@ def _prepare(plan: Plan) -> tuple[list[Bind], list[tuple[int, str]]]:
         if extra.subpath:
             checks.append((open_below(source, extra.subpath), extra.target))
             source = os.path.normpath(f"{source}/{extra.subpath}")
+        if extra.writable and user:
+            users.open_to_all(source)
         binds.append(Bind(source, extra.target, not extra.writable))
     return binds, checks
 
