@@ -17,7 +17,7 @@ from containers import engines
 
 from dure.fleet.v1 import fleet_pb2
 
-LIMIT_S = 150.0
+LIMIT_S = 300.0
 
 
 @contextlib.asynccontextmanager

@@ -127,7 +127,7 @@ def test_readers_are_bounded_and_end_when_the_manager_has_enough(tmp_path: Path)
             assert "try again later" in refused.notices[0] and not refused.complete
             for reader in readers:
                 reader.enough = True
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 # Each notices within half a second that nobody reads any more.
                 while True:
                     more = manager.ask_log("k1", tail_lines=1)

@@ -80,7 +80,7 @@ def test_a_fetch_ends_with_the_last_who_waits(tmp_path: Path) -> None:
             await manager.until(lambda: images.cut > cut)
             images.bytes_per_s = 0
             await agent.start()
-            await manager.until(lambda: manager.complete_reports > reports, 30.0)
+            await manager.until(lambda: manager.complete_reports > reports)
             await manager.healthy("k3")
             assert await names(agent) == ["k3"]
 
