@@ -41,8 +41,8 @@ def test_a_kernel_becomes_healthy_is_measured_and_goes(tmp_path: Path) -> None:
             assert (manager.hello.backend, manager.hello.runs_images) == ("docker", True)
             assert fleet_pb2.SECURITY_PROFILE_STRICT in manager.hello.security_profiles
             manager.measure_every(300)
-            # Longer than anybody waits: Python does not end on SIGTERM as the first process of a container, but it
-            # is not the first here.
+            # Longer than anybody waits. Python does not end on SIGTERM as the first process of a container,
+            # but here it is not the first.
             patient = {"stop_grace_ms": 90_000}
             literal = {"port": 9123, "fixed_port": True, **patient}
             # Two that name one port: each has a network of its own.
