@@ -86,7 +86,7 @@ def test_following_long_lines_and_floods(tmp_path: Path) -> None:
             assert "".join(lines[:-1]) == "a" * 40_000 and lines[-1] == "end"
             assert max(map(len, lines)) <= 16 * 1024
 
-            ended = await manager.exited("flood", 60)
+            ended = await manager.exited("flood")
             assert ended.exit.code == 0 and ended.exit.log_tail.endswith("x\n")
             numbers = [int(text[:7]) for text in await manager.log_of("flood") if text[:1].isdigit()]
             # Its newest part is kept, whole.

@@ -44,7 +44,7 @@ def test_an_engine_that_is_started_anew(tmp_path: Path, live_restore: bool) -> N
                 status = manager.statuses[spec.uid]
                 assert (status.phase, status.pid) == (RUNNING, before.pid)
             else:
-                ended = (await manager.exited(spec.uid, 30)).exit
+                ended = (await manager.exited(spec.uid)).exit
                 assert ended.reason in ("SIGNALED", "EXITED"), ended
             manager.unwant(spec.uid)
             await manager.gone(spec.uid)

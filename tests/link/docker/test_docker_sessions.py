@@ -119,7 +119,7 @@ def test_a_session_over_two_nodes(tmp_path: Path) -> None:
                 await second.gone("s-sub1")
                 assert await names(other) == [] and await names(agent) == ["s-main1"]
             finally:
-                await other.end(signal.SIGINT, 30.0)
+                await other.end(signal.SIGINT)
                 await second.stop()
                 assert engines.left_behind(other.home) == []
 
