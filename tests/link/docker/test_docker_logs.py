@@ -54,6 +54,7 @@ def test_everything_is_copied_once_over_breaks_and_restarts(tmp_path: Path) -> N
             await asyncio.sleep(3.0)
             await agent.start()
             assert (await manager.exited("k1")).exit.code == 0
+            await copied(COUNT - 1)
             numbers = [int(text) for text in await manager.log_of("k1")]
             # Each of the two streams is in order, and between them nothing is lost or told twice.
             assert sorted(numbers) == list(range(COUNT))
@@ -88,6 +89,9 @@ def test_following_long_lines_and_floods(tmp_path: Path) -> None:
 
             ended = await manager.exited("flood")
             assert ended.exit.code == 0 and ended.exit.log_tail.endswith("x\n")
+            # An end is told a few seconds later at most, copied or not.
+            log = agent.kernel_folder("flood") / "log"
+            await manager.until(lambda: b" 0099999x" in log.read_bytes()[-200:])
             numbers = [int(text[:7]) for text in await manager.log_of("flood") if text[:1].isdigit()]
             # Its newest part is kept, whole.
             assert numbers == list(range(numbers[0], 100_000)) and len(numbers) > 50_000
