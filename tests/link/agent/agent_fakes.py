@@ -22,7 +22,8 @@ from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire.channel import SERVER_OPTIONS
 
 JOIN_TOKEN = "join-token-of-the-test"
-WAIT_S = 15.0
+# For a condition: met, it costs nothing. A machine that does much else makes everything wait.
+WAIT_S = 60.0
 
 SERVER = """
 import http.server, os, sys
@@ -344,7 +345,7 @@ async def cluster(
     tmp_path: Path,
     *arguments: str,
     storage_path: str | None = None,
-    limit_s: float = 60.0,
+    limit_s: float = 200.0,
     prefix: Sequence[str] = (),
 ) -> AsyncIterator[tuple[FakeManager, AgentProcess]]:
     """A manager and an agent; afterwards nothing of them runs, and the agent's log holds no trace."""
