@@ -204,9 +204,7 @@ class DockerBackend:
             found = await self._containers.look(handle.uid, kernel.container)
         except EngineError:
             return None
-        if found is None:
-            self.write_exit(handle, _gone({"boot_id": boot_id()}))
-        elif not found.running and await self._was_removed(handle, kernel, found):
+        if found is None or (not found.running and await self._was_removed(handle, kernel)):
             self.write_exit(handle, _gone({"boot_id": boot_id()}))
         elif not found.running:
             await kernel.log.finished(LOG_END_S)
@@ -220,7 +218,7 @@ class DockerBackend:
         kernel.seen = found
         return Observation(ended=outcome.read(read_json(str(handle.folder / "exit.json")) or {}))
 
-    async def _was_removed(self, handle: Handle, kernel: Kernel, found: Seen) -> bool:
+    async def _was_removed(self, handle: Handle, kernel: Kernel) -> bool:
         """Whether it ended because somebody else removed its container: that kills it first, and the
         container is gone a moment later."""
         if kernel.stopping or not self._watch.was_killed(handle.uid):
