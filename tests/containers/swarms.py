@@ -37,9 +37,7 @@ def two() -> Iterator[tuple[OwnEngine, OwnEngine]]:
             client.init_swarm(advertise_addr=MANAGER, listen_addr=f"{MANAGER}:2377")
             token = client.inspect_swarm()["JoinTokens"]["Worker"]
         with engines.client(worker.url) as client:
-            client.join_swarm(
-                [f"{MANAGER}:2377"], token, advertise_addr=WORKER, listen_addr=f"{WORKER}:2377"
-            )
+            client.join_swarm([f"{MANAGER}:2377"], token, advertise_addr=WORKER, listen_addr=f"{WORKER}:2377")
         yield manager, worker
 
 

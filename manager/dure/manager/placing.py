@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -47,13 +47,6 @@ def _strict(template: fleet_pb2.KernelSpec, group: schema.ResourceGroup | None) 
     if group is not None and group.security_profile == "STRICT":
         return f"the resource group `{group.name}`"
     return ""
-
-
-def overlay(hellos: Sequence[fleet_pb2.Hello]) -> bool:
-    """Whether a session over the nodes of these agents can have one network over them."""
-    first = hellos[0].overlay
-    same = all(hello.overlay == first for hello in hellos)
-    return bool(first) and same and any(hello.makes_overlay for hello in hellos)
 
 
 def peers(kernels: Iterable[schema.Kernel]) -> dict[str, int]:

@@ -65,9 +65,9 @@ def spanning(name: str) -> list[fleet_pb2.KernelSpec]:
 
 @contextlib.asynccontextmanager
 async def two_nodes(
-    tmp_path: Path, engine: OwnEngine, other_engine: OwnEngine
+    tmp_path: Path, engine: OwnEngine, other_engine: OwnEngine, *options: str
 ) -> AsyncIterator[tuple[FakeManager, AgentProcess, FakeManager, AgentProcess]]:
-    async with node(tmp_path, engine=engine.url) as (manager, agent):
+    async with node(tmp_path, *options, engine=engine.url) as (manager, agent):
         second = FakeManager(manager.storage, mark=manager.mark)
         await second.start()
         arguments = ("--backend", "docker", "--engine", other_engine.url)
@@ -154,7 +154,12 @@ def test_kernels_of_a_session_over_a_swarm_meet_in_a_network_of_its_own(tmp_path
 
 def test_a_kernel_that_goes_before_its_session_has_a_network(tmp_path: Path) -> None:
     async def run(first: OwnEngine, worker: OwnEngine) -> None:
-        async with two_nodes(tmp_path, first, worker) as (manager, agent, second, other):
+        async with two_nodes(tmp_path, first, worker, "--no-overlay") as (manager, agent, second, other):
+            # What the one does not offer, the manager does not ask of both.
+            assert manager.hello is not None and second.hello is not None
+            assert (manager.hello.overlay, manager.hello.makes_overlay) == ("", False)
+            assert second.hello.overlay != ""
+
             main, sub = spanning("s")
             second.want(sub)
             await second.status("s-sub1", lambda s: "waiting for the network" in s.message, 30.0)

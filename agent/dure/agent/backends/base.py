@@ -5,7 +5,8 @@ was killed can adopt: a handle is that folder and the uid. Entry points of the g
 `dure.agent.backends` name classes that take the agent's own folder.
 
 A kernel may be contained: it runs in an image, with a file system and, unless its session spans nodes
-without an overlay, a network of its own. Then it binds the port that is declared, and the back end tells where that is reached.
+without an overlay, a network of its own. Then it binds the port that is declared, and the back end tells
+where that is reached.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from dure.agent.backends.docker.engine import SLOW_S, Engine, Refusal
 from dure.agent.backends.docker.labels import SESSION, Owner
 from dure.fleet.v1 import fleet_pb2
 
-# What an engine answers to who would make an overlay: another was faster, it is but a worker, or in no swarm.
-_NOT_OURS_TO_MAKE = (409, 403, 503)
+# What an engine answers to who would make an overlay: another was faster, or it is but a worker of its swarm.
+_NOT_OURS_TO_MAKE = (409, 403)
 
 
 def name_of(spec: fleet_pb2.KernelSpec, owner: Owner) -> str:
-    """Of the network of its session; empty if it has none of its own. An overlay has one name on all nodes."""
+    """Of its session's own network; empty if it has none. An overlay has one name on all nodes."""
     if spec.cluster.overlay:
         return overlay_of(spec.session_uid)
     return f"dure-{spec.session_uid}-{owner.mark}" if spec.cluster.one_node else ""

@@ -125,8 +125,8 @@ class Starter:
                 if time.monotonic() > deadline_s:
                     raise StartFailed(
                         f"no node made the network `{start.network}` of its session within {OVERLAY_S:g} s "
-                        f"({error}): see with `docker node ls` whether the swarm has managers among the nodes, "
-                        "and restart the agents of nodes that joined or left it, or changed their role"
+                        f"({error}): see with `docker node ls` whether a node with an agent is a manager of "
+                        "the swarm, and restart the agents of nodes that joined, left, or changed their role"
                     ) from error
             attempt += 1
             tell("waiting for the network of its session, which another node makes", None)
