@@ -75,6 +75,7 @@ class DeviceWatch:
         self._interval_s = interval_s
         self._looked = asyncio.Event()
         self._newest: list[fleet_pb2.Device] = []
+        self._written = self._newest
         self._unsent = False
         devices.update(device_changes.remembered(_read(file), held))
         self._request = replace(request, known=tuple(devices.values()))
@@ -136,6 +137,9 @@ class DeviceWatch:
             _log.warning("%s", sentence)
         for sentence in after.recoveries:
             _log.info("%s", sentence)
+        if after.lost:
+            # First: who places anew the kernels that end now must not choose the same devices.
+            self._tell_changes()
         running = (spec for spec, _ in self._kernels.running())
         for uid, ended in device_changes.doomed(running, after.lost).items():
             self._kernels.condemn(uid, ended)
@@ -144,11 +148,19 @@ class DeviceWatch:
         for sentence in self._limitations:
             if sentence not in spoken:
                 _log.warning("%s", sentence)
+        if spoken != self._limitations:
+            self._unsent = True
+        self._tell_changes()
+        if self._newest is not self._written:
+            self._written = self._newest
+            await asyncio.to_thread(_write, self._file, self._newest)
+
+    def _tell_changes(self) -> None:
         newest = _copies(self._devices)
-        if newest != self._newest or spoken != self._limitations:
+        if newest != self._newest:
             self._newest, self._unsent = newest, True
+        if self._unsent:
             self._wake()
-            await asyncio.to_thread(_write, self._file, newest)
 
     async def _find(self) -> Found:
         """What all plug-ins found; each is told what those before it did."""
