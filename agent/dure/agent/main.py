@@ -310,6 +310,8 @@ def _hello(
         maps_mounts=abilities.maps_mounts,
         runs_images=abilities.runs_images,
         architecture=platform.machine(),
+        overlay=abilities.overlay if options.overlay else "",
+        makes_overlay=abilities.makes_overlay and options.overlay,
         security_profiles=[
             fleet_pb2.SECURITY_PROFILE_DEFAULT,
             *([fleet_pb2.SECURITY_PROFILE_STRICT] if abilities.can_be_strict else []),

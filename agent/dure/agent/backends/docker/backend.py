@@ -25,7 +25,7 @@ from dure.agent.backends.base import (
     StartFailed,
     Tell,
 )
-from dure.agent.backends.docker import gate, labels, node, starting
+from dure.agent.backends.docker import gate, labels, node, starting, swarm
 from dure.agent.backends.docker.containers import Containers, Kernel, insist
 from dure.agent.backends.docker.engine import Engine, EngineError, NoAnswer, Refusal, url
 from dure.agent.backends.docker.images import Images
@@ -85,6 +85,9 @@ class DockerBackend:
             hard_limits=await asyncio.to_thread(node.hard_limits, self._engine.socket),
         )
         found = node.limitations(info, root=os.geteuid() == 0)
+        overlay = await asyncio.to_thread(swarm.id_of, info)
+        if not overlay and swarm.is_member(info):
+            found.append(swarm.UNKNOWN)
         no_devices = {} if self._facts.gpus else {"cuda": node.no_gpus(info)}
         return Abilities(
             maps_mounts=True,
@@ -92,6 +95,8 @@ class DockerBackend:
             limitations=tuple(found),
             no_devices=no_devices,
             can_be_strict=True,
+            overlay=overlay,
+            makes_overlay=swarm.is_manager(info),
         )
 
     async def _first_answer(self) -> Mapping[str, Any]:
@@ -136,6 +141,16 @@ class DockerBackend:
                 specs.append(spec)
         self._found = frozenset(spec.uid for spec in specs)
         return specs
+
+    async def prepare(self, handle: Handle, spec: fleet_pb2.KernelSpec) -> None:
+        if not spec.cluster.overlay:
+            return
+        # Removed before its start begins, it must let go of the network all the same.
+        self._kernels[handle.uid] = _new(self._engine, handle, session=spec.session_uid)
+        try:
+            await self._networks.span(spec, self._containers.known_owner())
+        except EngineError as error:
+            raise StartFailed(f"the network of its session cannot be made: {error}") from error
 
     async def start(self, plan: Plan, tell: Tell) -> None:
         container = plan.container
