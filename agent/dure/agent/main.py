@@ -97,7 +97,8 @@ async def _unless_told(asked: asyncio.Future[signal.Signals], work: Coroutine[An
     """What may wait for a container engine or a driver. SIGINT waits too: it has sessions to stop, which are
     not known yet. Raises _ToldToGo."""
     task = asyncio.create_task(work)
-    await asyncio.wait({asked, task}, return_when=asyncio.FIRST_COMPLETED)
+    both: set[asyncio.Future[Any]] = {asked, task}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not task.done() and asked.result() == signal.SIGTERM:
         task.cancel()
         await asyncio.wait([task])
