@@ -25,7 +25,7 @@ demo: install
 # the time, so more of them run side by side than there are cores.
 JOBS ?= 3
 test: install
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
