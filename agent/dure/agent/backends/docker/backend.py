@@ -47,6 +47,9 @@ LOG_END_S = 5.0
 REAP_S = 60.0
 # An engine takes some tenths of a second from killing a container to its removal.
 REMOVAL_S, REMOVAL_LOOKS = 1.0, 5
+# 128 + SIGKILL.
+KILLED = 137
+OOM_S, OOM_LOOKS = 0.4, 8
 PAUSED = "its container is paused: `docker unpause` lets it go on"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -222,6 +225,7 @@ class DockerBackend:
         if found is None or (not found.running and await self._was_removed(handle, kernel)):
             self.write_exit(handle, _gone({"boot_id": boot_id()}))
         elif not found.running:
+            found = await self._with_oom(handle, kernel, found)
             await kernel.log.finished(LOG_END_S)
             self._write_end(handle, found, stopped=kernel.stopping)
         else:
@@ -246,6 +250,20 @@ class DockerBackend:
         except EngineError:
             return False
         return False
+
+    async def _with_oom(self, handle: Handle, kernel: Kernel, found: Seen) -> Seen:
+        """The same container, once it is known whether its memory ran out: an engine hears of that apart from the
+        end, and sometimes after it."""
+        told = kernel.stopping or self._watch.was_killed(handle.uid)
+        for _ in range(OOM_LOOKS):
+            if found.oom or found.exit_code != KILLED or told:
+                return found
+            await asyncio.sleep(OOM_S / OOM_LOOKS)
+            try:
+                found = await self._containers.look(handle.uid, kernel.container) or found
+            except EngineError:
+                return found
+        return found
 
     async def stop(self, handle: Handle, grace_s: float) -> None:
         kernel = self._kernels.get(handle.uid)
