@@ -125,6 +125,8 @@ def test_bind_failure_is_reported_and_recovers(tmp_path: Path) -> None:
     async def test() -> None:
         async with bench(tmp_path) as b, replica(_ok) as port:
             with contextlib.closing(socket.socket()) as other:
+                # Beside connections of an earlier test, which the system keeps for a minute.
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 other.bind(("127.0.0.1", b.port))
                 other.listen(1)
                 await b.manager.set(route("e", b.port, port), route("f", b.ports[1], port))

@@ -252,8 +252,8 @@ class DockerBackend:
         return False
 
     async def _with_oom(self, handle: Handle, kernel: Kernel, found: Seen) -> Seen:
-        """The same container, once it is known whether its memory ran out: an engine hears of that apart from the
-        end, and sometimes after it."""
+        """The same container, once it is known whether its memory ran out: an engine hears of that apart from
+        the end, and sometimes after it."""
         told = kernel.stopping or self._watch.was_killed(handle.uid)
         for _ in range(OOM_LOOKS):
             if found.oom or found.exit_code != KILLED or told:
