@@ -236,11 +236,11 @@ def test_strict_is_what_the_endpoint_or_its_group_asks_for(tmp_path: Path) -> No
             assert spec.image_pull_policy == fleet_pb2.IMAGE_PULL_POLICY_ALWAYS
             await admin.endpoints.create("b", model="m", security_profile="strict")
             await waits_with(
-                admin, "b", "plain: its back end cannot do the security profile STRICT", "endpoint"
+                admin, "b", "plain: its back end cannot do the security profile `strict`", "endpoint"
             )
             await admin.groups.update("default", security_profile=SECURITY_PROFILE_STRICT)
             await admin.endpoints.create("c", model="m")
-            await waits_with(admin, "c", "STRICT, which the resource group `default` asks for")
+            await waits_with(admin, "c", "`strict`, which the resource group `default` asks for")
             profiles = [fleet_pb2.SECURITY_PROFILE_DEFAULT, STRICT]
             async with agent(running, admin, "able", security_profiles=profiles) as able:
                 assert (await able.spec_of("b")).security_profile == STRICT
