@@ -113,8 +113,7 @@ def _passed(outcome: ValidationOutcome, dry_run: bool) -> bool:
 
 
 def _last_word(shell: Shell, outcome: ValidationOutcome) -> None:
-    """A line that scripts can look for: `Finished: HEALTHY`. Where nothing ran for long enough to have a health,
-    what was found instead."""
+    """A line that scripts can look for: `Finished: HEALTHY`, or what was found where nothing ran for long."""
     result = enum_word(endpoint_pb2.ValidationResult.DESCRIPTOR, outcome.result)
     health = enum_word(endpoint_pb2.Health.DESCRIPTOR, outcome.health)
     word = {"FINISHED": "Finished", "FAILED": "Failed", "TIMED_OUT": "Timed out"}.get(result, result)
