@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import socket
+import time
 from collections.abc import Iterator
 
 FIRST, END = 20_000, 32_000
@@ -32,6 +33,18 @@ def row(count: int) -> Iterator[range]:
 def sessions() -> range:
     """What agents may lease. Tests of one process come one after the other; each has leases of its own."""
     return _take(_SESSIONS, _kept)
+
+
+@contextlib.contextmanager
+def literal(port: int, limit_s: float = 300.0) -> Iterator[None]:
+    """A port whose number a test cannot choose: waits until no other test has it."""
+    deadline_s = time.monotonic() + limit_s
+    with contextlib.ExitStack() as lock:
+        while not _lock(port, lock):
+            lock.close()
+            assert time.monotonic() < deadline_s, f"another test has kept port {port} for {limit_s} s"
+            time.sleep(0.2)
+        yield
 
 
 def option(ports: range) -> str:
@@ -79,11 +92,11 @@ def _take(count: int, locks: contextlib.ExitStack) -> range:
     raise AssertionError(f"no {count} ports between {FIRST} and {END} that no other run of tests has taken")
 
 
-def _lock(block: int, locks: contextlib.ExitStack) -> bool:
+def _lock(number: int, locks: contextlib.ExitStack) -> bool:
     """A socket with a name but no file: it is gone with its process, however that ends."""
     lock = locks.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     try:
-        lock.bind(f"\0dure-test-ports-{block}")
+        lock.bind(f"\0dure-test-ports-{number}")
     except OSError:
         return False
     return True

@@ -157,12 +157,15 @@ def left_behind(home: Path, url: str = URL) -> list[str]:
 
 class OwnEngine:
     """An engine of a test's own, which it may stop and start. It is in a network namespace of its own, for an
-    engine without a bridge removes the bridge of others, and has no bridge: containers have that network."""
+    engine without a bridge removes the bridge of others. Without `networks` it has no bridge either:
+    containers have the network of that namespace."""
 
-    def __init__(self, folder: Path, *, live_restore: bool) -> None:
+    def __init__(self, folder: Path, *, live_restore: bool, networks: bool = False) -> None:
         self._folder = folder
         self.url = f"unix://{folder}/docker.sock"
         self._options = ["--live-restore"] if live_restore else []
+        if not networks:
+            self._options += ["--bridge=none", "--iptables=false", "--ip6tables=false"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -181,9 +184,6 @@ class OwnEngine:
                     "--net",
                     "dockerd",
                     *words,
-                    "--bridge=none",
-                    "--iptables=false",
-                    "--ip6tables=false",
                     *self._options,
                 ],
                 stdout=log,
@@ -195,6 +195,11 @@ class OwnEngine:
                 return
             time.sleep(0.1)
         raise AssertionError((self._folder / "log").read_text()[-2000:])
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def stop(self) -> None:
         assert self._process is not None
@@ -224,8 +229,8 @@ def _answers(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def own(folder: Path, *, live_restore: bool) -> Iterator[OwnEngine]:
-    engine = OwnEngine(folder, live_restore=live_restore)
+def own(folder: Path, *, live_restore: bool, networks: bool = False) -> Iterator[OwnEngine]:
+    engine = OwnEngine(folder, live_restore=live_restore, networks=networks)
     engine.start()
     try:
         engine.copy_image()

@@ -17,7 +17,7 @@ from containers import engines
 
 from dure.fleet.v1 import fleet_pb2
 
-LIMIT_S = 150.0
+LIMIT_S = 300.0
 
 
 @contextlib.asynccontextmanager
@@ -100,5 +100,5 @@ async def report(manager: FakeManager, agent: AgentProcess, uid: str) -> Any:
         assert found or status is None or not status.HasField("exit"), status
         return bool(found)
 
-    await manager.until(written, 30.0)
+    await manager.until(written)
     return found[-1]

@@ -38,11 +38,12 @@ def llama() -> Iterator[str]:
             with tarfile.open(fileobj=data, mode="w") as archive:
                 archive.add(Path(sysconfig.get_paths()["purelib"]) / "xllamacpp", "xllamacpp")
             engine.put_archive(made, "/usr/lib/python3/dist-packages", data.getvalue())
-            engine.commit(made, repository="dure-test-llama", tag="1")
+            repository, _, last = engines.tag("llama").partition(":")
+            engine.commit(made, repository=repository, tag=last)
         finally:
             engine.remove_container(made, force=True)
-        yield "dure-test-llama:1"
-        engine.remove_image("dure-test-llama:1", force=True)
+        yield engines.tag("llama")
+        engine.remove_image(engines.tag("llama"), force=True)
 
 
 def test_a_real_model_in_containers(contained: Cluster, llama: str, tmp_path: Path) -> None:

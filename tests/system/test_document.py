@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Iterator
 
+import own_ports
+import pytest
 from system.cluster import Cluster, until
 
 DEFINITION = """\
@@ -38,6 +41,13 @@ def curl(*args: str) -> tuple[int, str]:
     return int(status), body
 
 
+@pytest.fixture
+def its_port() -> Iterator[None]:
+    with own_ports.literal(8000):
+        yield
+
+
+@pytest.mark.usefixtures("its_port")
 def test_the_example_of_the_document(dure: Cluster) -> None:
     dure.model("example", DEFINITION, "")
     assert "example is right" in dure.dure("folder", "check", "example")

@@ -25,6 +25,12 @@ def is_probed(spec: fleet_pb2.KernelSpec) -> bool:
     return (spec.cluster.role or "main") == "main"
 
 
+def own_network(cluster: fleet_pb2.Cluster) -> bool:
+    """Whether contained kernels of the session meet in a network of its own; if not, they have that of their
+    node."""
+    return cluster.one_node or cluster.overlay
+
+
 def problem(cluster: fleet_pb2.Cluster) -> str:
     """What makes a place in a session of several kernels impossible; empty if nothing does."""
     own = f"{cluster.role}{cluster.index}"

@@ -148,18 +148,15 @@ class DeviceWatch:
         for sentence in self._limitations:
             if sentence not in spoken:
                 _log.warning("%s", sentence)
-        if spoken != self._limitations:
-            self._unsent = True
-        self._tell_changes()
+        self._tell_changes(more=spoken != self._limitations)
         if self._newest is not self._written:
             self._written = self._newest
             await asyncio.to_thread(_write, self._file, self._newest)
 
-    def _tell_changes(self) -> None:
+    def _tell_changes(self, more: bool = False) -> None:
         newest = _copies(self._devices)
-        if newest != self._newest:
+        if newest != self._newest or more:
             self._newest, self._unsent = newest, True
-        if self._unsent:
             self._wake()
 
     async def _find(self) -> Found:

@@ -97,7 +97,8 @@ async def _unless_told(asked: asyncio.Future[signal.Signals], work: Coroutine[An
     """What may wait for a container engine or a driver. SIGINT waits too: it has sessions to stop, which are
     not known yet. Raises _ToldToGo."""
     task = asyncio.create_task(work)
-    await asyncio.wait({asked, task}, return_when=asyncio.FIRST_COMPLETED)
+    both: set[asyncio.Future[Any]] = {asked, task}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not task.done() and asked.result() == signal.SIGTERM:
         task.cancel()
         await asyncio.wait([task])
@@ -217,7 +218,8 @@ async def _stop_sessions(options: Options) -> None:
         storage = ManagerStorage(fleet_pb2_grpc.FleetServiceStub(connection))
         modes = Modes(options.home, options.enforcement, backend.contains, {})
         node = _node(options, "127.0.0.1", backend, {}, modes, storage, http)
-        await Supervisor(options.home, node).stop_found()
+        count = await Supervisor(options.home, node).stop_found()
+        click.echo(f"{count} session{'' if count == 1 else 's'} of agent `{options.name}` stopped", err=True)
         await modes.close()
         await backend.close()
 
@@ -309,6 +311,8 @@ def _hello(
         maps_mounts=abilities.maps_mounts,
         runs_images=abilities.runs_images,
         architecture=platform.machine(),
+        overlay=abilities.overlay if options.overlay else "",
+        makes_overlay=abilities.makes_overlay and options.overlay,
         security_profiles=[
             fleet_pb2.SECURITY_PROFILE_DEFAULT,
             *([fleet_pb2.SECURITY_PROFILE_STRICT] if abilities.can_be_strict else []),

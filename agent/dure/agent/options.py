@@ -39,6 +39,7 @@ class Options:
     lease_dir: Path
     folder_cache_bytes: int
     numa_pinning: bool
+    overlay: bool
     metrics_bind: str
     metrics_port: int
     backend: str
@@ -162,6 +163,11 @@ _OPTIONS = (
         help="Keep sessions on the cores and memory that are near their GPUs.",
     ),
     click.option(
+        "--no-overlay",
+        is_flag=True,
+        help="Sessions over several nodes have the network of each node, though its engine is in a swarm.",
+    ),
+    click.option(
         "--metrics-port",
         type=click.IntRange(0, 65535),
         default=0,
@@ -230,6 +236,7 @@ def checked(name: str, given: dict[str, Any]) -> Options:
         folder_cache_bytes=_amount("--folder-cache", quantities.MEM, given["folder_cache"])
         // quantities.MILLI,
         numa_pinning=given["numa_pinning"],
+        overlay=not given["no_overlay"],
         metrics_bind=given["metrics_bind"],
         metrics_port=given["metrics_port"],
         backend=known_backend(given["backend"]),

@@ -60,9 +60,9 @@ class Preparation:
 
     @property
     def _own_network(self) -> bool:
-        """Whether it has a network of its own: contained, and not of a session that spans nodes."""
-        spans = clusters.size(self.spec) > 1 and not self.spec.cluster.one_node
-        return self._node.backend.contains and not spans
+        """Whether it has a network of its own, or of its session's own."""
+        alone = clusters.size(self.spec) == 1
+        return self._node.backend.contains and (alone or clusters.own_network(self.spec.cluster))
 
     async def _extra_mount(self, mount: fleet_pb2.Mount) -> ExtraMount:
         self._say(f"getting folder `{mount.folder}`")

@@ -163,6 +163,7 @@ class Runner:
         return True
 
     async def _prepare(self) -> None:
+        await self._node.backend.prepare(self.handle, self.spec)
         preparation = Preparation(self._node, self.spec, self.handle, self._say)
         plan = await preparation.plan(self._others())
         if plan.container is None or plan.container.shares_network:

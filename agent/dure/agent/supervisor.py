@@ -163,14 +163,21 @@ class Supervisor:
             if isinstance(result, BaseException):
                 _log.error("kernel %s could not be stopped cleanly: %s", runner.spec.uid, result)
 
-    async def stop_found(self) -> None:
-        """Ends what the agent before left, without taking it up: nothing is started for it."""
+    async def stop_found(self) -> int:
+        """Ends what the agent before left, without taking it up: nothing is started for it. Answers how
+        many."""
         for spec in await self._find_all():
             runner = self._runner(spec)
             runner.save()
             await self._node.backend.adopt(runner.handle)
             self._runners[spec.uid] = runner
+        ran = {
+            runner.spec.session_uid
+            for runner in self._runners.values()
+            if not (runner.handle.folder / "exit.json").exists()
+        }
         await self.stop_all()
+        return len(ran)
 
     async def _find_all(self) -> list[fleet_pb2.KernelSpec]:
         """What the agent's folder knows of, and what the back end does beside."""

@@ -265,9 +265,11 @@ class FleetApi(fleet_pb2_grpc.FleetServiceServicer):
         ordered = sorted(rows, key=lambda found: (found[0].role, found[0].index))
         cluster = fleet_pb2.Cluster(role=row.role, index=row.index, size=len(ordered))
         cluster.one_node = all(kernel.agent_uid == row.agent_uid for kernel, _ in ordered)
-        for kernel, hello in ordered:
+        said = [fleet_pb2.Hello.FromString(hello) for _, hello in ordered]
+        cluster.overlay = not cluster.one_node and hellos.have_overlay(said)
+        for (kernel, _), hello in zip(ordered, said, strict=True):
             cluster.hosts.append(f"{kernel.role}{kernel.index}")
-            cluster.addresses.append(fleet_pb2.Hello.FromString(hello).advertise_address)
+            cluster.addresses.append(hello.advertise_address)
             cluster.rendezvous_port = cluster.rendezvous_port or kernel.rendezvous_port
             if kernel.agent_uid == row.agent_uid and (kernel.role, kernel.index) < (row.role, row.index):
                 cluster.local_rank += 1

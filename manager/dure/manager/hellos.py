@@ -52,6 +52,15 @@ def check_devices(devices: Sequence[fleet_pb2.Device]) -> None:
             raise InvalidInput(f"device `{device.id}` cannot be a part of itself")
 
 
+def have_overlay(hellos: Sequence[fleet_pb2.Hello]) -> bool:
+    """Whether a session over the nodes of these agents can have one network over them."""
+    return (
+        len({hello.overlay for hello in hellos}) == 1
+        and hellos[0].overlay != ""
+        and any(hello.makes_overlay for hello in hellos)
+    )
+
+
 def news(before: Sequence[fleet_pb2.Device], after: Sequence[fleet_pb2.Device]) -> list[News]:
     """What went, what came back, and what keeps less to itself than it did, in the order of the devices."""
     old = {device.id: device for device in before}

@@ -22,7 +22,8 @@ from dure.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from dure.wire.channel import SERVER_OPTIONS
 
 JOIN_TOKEN = "join-token-of-the-test"
-WAIT_S = 15.0
+# For a condition: met, it costs nothing. A machine that does much else makes everything wait.
+WAIT_S = 60.0
 
 SERVER = """
 import http.server, os, sys
@@ -59,11 +60,11 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
     """Keeps what it wants (`specs`, `removals`), and what agents said.
 
     Tests name kernels and sessions as they like. On the wire the names are unique: control groups, marks in
-    environments and networks bear them, and tests run side by side.
+    environments and networks bear them, and tests run side by side. Two of one `mark` stand for one manager.
     """
 
-    def __init__(self, storage: Path, storage_path: str | None = None) -> None:
-        self._mark = secrets.token_hex(4)
+    def __init__(self, storage: Path, storage_path: str | None = None, mark: str = "") -> None:
+        self.mark = mark or secrets.token_hex(4)
         self.storage = storage
         self.storage_path = storage_path if storage_path is not None else str(storage)
         self.specs: dict[str, fleet_pb2.KernelSpec] = {}
@@ -97,11 +98,11 @@ class FakeManager(fleet_pb2_grpc.FleetServiceServicer):
     def wire(self, uid: str) -> str:
         """What agents know a kernel or a session by, of which tests speak as `uid`."""
         path, slash, name = uid.rpartition("/")
-        return f"{path}{slash}{self._mark}-{name}"
+        return f"{path}{slash}{self.mark}-{name}"
 
     def plain(self, uid: str) -> str:
         """The other way round; names of others as they are."""
-        return uid.removeprefix(f"{self._mark}-")
+        return uid.removeprefix(f"{self.mark}-")
 
     async def start(self, port: int = 0) -> None:
         self._server = grpc.aio.server(options=list(SERVER_OPTIONS))
@@ -344,7 +345,7 @@ async def cluster(
     tmp_path: Path,
     *arguments: str,
     storage_path: str | None = None,
-    limit_s: float = 60.0,
+    limit_s: float = 200.0,
     prefix: Sequence[str] = (),
 ) -> AsyncIterator[tuple[FakeManager, AgentProcess]]:
     """A manager and an agent; afterwards nothing of them runs, and the agent's log holds no trace."""

@@ -155,7 +155,7 @@ def test_a_hook_that_is_not_in_force_is_never_shown_and_ends_who_requires_it(tmp
             manager.want(user(node, "enforced-k2", 0, 250, command=without, require_enforcement="hook"))
             manager.want(user(node, "enforced-k3", 0, 250, command=without, require_enforcement="watchdog"))
             await shown(manager, "enforced-k1", "watchdog", "uses the GPU, and has not loaded the library")
-            ended = (await manager.exited("enforced-k2", 25)).exit
+            ended = (await manager.exited("enforced-k2")).exit
             assert ended.reason == "ENFORCEMENT_FAILED"
             assert "requires enforcement `hook`" in ended.message
             assert "has not loaded the library" in ended.message

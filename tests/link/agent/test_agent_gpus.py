@@ -224,11 +224,11 @@ def test_a_driver_that_hangs_delays_nobody(tmp_path: Path) -> None:
             assert manager.statuses[K1].health == fleet_pb2.KERNEL_HEALTH_HEALTHY
             beats_s = [at_s for at_s in manager.beats_s if at_s > began_s]
             gaps_s = [after - before for before, after in itertools.pairwise(beats_s)]
-            # They come every half second; the rest is what a busy machine needs.
-            assert len(beats_s) >= 9 and max(gaps_s) < 1.5, gaps_s
+            # They come every half second, and whoever waited for the driver would wait for 3 s at least.
+            assert len(gaps_s) >= 3 and max(gaps_s) < 2.9, gaps_s
             node.state["hang"] = ""
             node.write()
-            await manager.until(lambda: manager.devices["GPU-b"].healthy, 30)
+            await manager.until(lambda: manager.devices["GPU-b"].healthy)
             assert _worker(agent) != worker
             assert manager.statuses[K1].phase == fleet_pb2.KERNEL_PHASE_RUNNING
 
@@ -245,7 +245,7 @@ def test_an_agent_whose_driver_hangs_from_the_start_joins_without_it(tmp_path: P
             await manager.healthy(K1)
             node.state["hang"] = ""
             node.write()
-            await manager.until(lambda: "GPU-a" in manager.devices, 30)
+            await manager.until(lambda: "GPU-a" in manager.devices)
 
     asyncio.run(run())
 

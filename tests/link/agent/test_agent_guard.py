@@ -87,7 +87,7 @@ def test_a_back_end_that_hangs_for_one_kernel_hides_no_other(tmp_path: Path) -> 
         began_s = time.monotonic()
         for _ in range(2):
             await world.guard.look(world.found(70, 0, 50))
-        assert time.monotonic() - began_s < 2 * PROCESSES_LIMIT_S + 2
+        assert time.monotonic() - began_s < 2 * PROCESSES_LIMIT_S + 20
         assert [uid for uid, _ in world.ends] == ["greedy"]
         stuck, failing, greedy = world.kernels
         assert (stuck.shown, failing.shown) == ([], [])

@@ -25,7 +25,7 @@ def test_the_manager_goes_and_comes_back(tmp_path: Path) -> None:
             await manager.start(port)
             began = time.monotonic()
             await manager.until(lambda: manager.complete_reports == 2)
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 10, "attempts are a second apart at most"
             assert manager.statuses["k1"].pid == before.pid
             assert manager.statuses["k1"].health == fleet_pb2.KERNEL_HEALTH_HEALTHY
             # What a snapshot leaves out is not wanted.
@@ -42,7 +42,7 @@ def test_a_manager_that_falls_silent_is_left(tmp_path: Path) -> None:
         async with cluster(tmp_path) as (manager, _):
             await manager.until(lambda: manager.heartbeats > 1)
             manager.acknowledge = False
-            await manager.until(lambda: manager.streams == 2, limit_s=6)
+            await manager.until(lambda: manager.streams == 2)
 
     asyncio.run(run())
 

@@ -74,7 +74,7 @@ def test_what_is_written_while_no_agent_runs_is_there_and_bounded(tmp_path: Path
             await manager.status("k1", lambda s: s.phase == fleet_pb2.KERNEL_PHASE_RUNNING)
             await agent.end(signal.SIGKILL)
             (agent.kernel_folder("k1") / "home" / "go").touch()
-            await manager.until(lambda: (agent.kernel_folder("k1") / "exit.json").exists(), 30)
+            await manager.until(lambda: (agent.kernel_folder("k1") / "exit.json").exists())
             size = sum(path.stat().st_size for path in agent.kernel_folder("k1").glob("log*"))
             assert 8 * 2**20 < size < 17 * 2**20
             await agent.start()
@@ -104,7 +104,7 @@ def test_a_reader_that_takes_nothing_holds_up_nobody(tmp_path: Path) -> None:
             assert resident_kb < 200_000
             # One that does not follow comes to its end, however fast the session writes.
             whole = manager.ask_log("k1")
-            await manager.until(lambda: whole.complete, 30)
+            await manager.until(lambda: whole.complete)
             assert whole.largest_bytes <= 256 * 1024
             for reader in slow:
                 reader.enough = True
@@ -127,7 +127,7 @@ def test_readers_are_bounded_and_end_when_the_manager_has_enough(tmp_path: Path)
             assert "try again later" in refused.notices[0] and not refused.complete
             for reader in readers:
                 reader.enough = True
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 # Each notices within half a second that nobody reads any more.
                 while True:
                     more = manager.ask_log("k1", tail_lines=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 import urllib.request
 from pathlib import Path
 
@@ -29,11 +28,8 @@ def test_a_kernel_becomes_healthy_and_goes(tmp_path: Path) -> None:
             assert manager.hello is not None
             assert [device.id for device in manager.hello.devices] == ["SIM-node-1-0", "SIM-node-1-1"]
             grant = fleet_pb2.DeviceGrant(device="SIM-node-1-1", slot="cuda.shares", amount=500)
-            began = time.monotonic()
             manager.want(spec("k1", devices=[grant]))
             status = await manager.healthy("k1")
-            took_s = time.monotonic() - began
-            assert took_s < 3, took_s
             assert status.phase == fleet_pb2.KERNEL_PHASE_RUNNING
             assert status.host == "127.0.0.1" and status.port in own_ports.sessions()
             assert alive(status.pid)

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import metrics_page
+import own_ports
 import tomli
 from link.client.dure_program import Dure, Ran, finish
 from link.client.fake_manager import until
@@ -30,7 +31,13 @@ def _left(data_dir: Path) -> list[str]:
 
 
 async def _up(dure: Dure, data_dir: Path) -> asyncio.subprocess.Process:
-    process = await dure.start("dev", "--data-dir", str(data_dir))
+    # Ports are recorded at the first start. The usual ones may be another run's in the next moment.
+    given: list[str] = []
+    if not (data_dir / "dev.toml").exists():
+        manager, admin, *pool = sorted(own_ports.free_ports(6))
+        given += ["--manager-port", str(manager), "--proxy-admin-port", str(admin)]
+        given += ["--proxy-ports", f"{pool[0]}-{pool[-1]}"]
+    process = await dure.start("dev", "--data-dir", str(data_dir), *given)
     well = await dure("doctor", "--wait", f"{UP_S:g}")
     assert well.code == 0, (well, (await _stop(process)) if process.returncode is None else "dev ended")
     return process

@@ -15,10 +15,11 @@ from dure.fleet.v1 import fleet_pb2
 from dure.fleet.v1.fleet_pb2 import PreStartAction
 
 SLEEP = ["sleep", "3600"]
+WAIT = "until [ -e /home/work/go ]; do sleep 0.1; done"
 
 
 async def came_back(manager: FakeManager, reports: int) -> None:
-    await manager.until(lambda: manager.complete_reports > reports, 30.0)
+    await manager.until(lambda: manager.complete_reports > reports)
 
 
 def test_adoption_and_true_ends(tmp_path: Path) -> None:
@@ -27,11 +28,10 @@ def test_adoption_and_true_ends(tmp_path: Path) -> None:
             uids = ["served", "killed", "exited", "hog", "by-hand", "forgotten"]
             manager.want(kernel("served"), kernel("forgotten"))
             small = {"cpu": 1000, "mem": 96 * 2**20 * 1000}
-            hog = "while [ ! -e /home/work/go ]; do sleep 0.1; done; tail /dev/zero"
             manager.want(
                 kernel("killed", SLEEP, health_check=None),
-                kernel("exited", "sleep 3; echo last; exit 7", health_check=None),
-                kernel("hog", hog, health_check=None, slots=small),
+                kernel("exited", f"{WAIT}; echo last; exit 7", health_check=None),
+                kernel("hog", f"{WAIT}; tail /dev/zero", health_check=None, slots=small),
                 kernel("by-hand", SLEEP, health_check=None),
             )
             before = {uid: await manager.healthy(uid) for uid in ("served", "forgotten")}
@@ -42,7 +42,8 @@ def test_adoption_and_true_ends(tmp_path: Path) -> None:
             with engines.client() as engine:
                 engine.kill(killed["Id"], "SIGTERM")
                 engine.remove_container(by_hand["Id"], force=True)
-                (agent.kernel_folder("hog") / "home" / "go").touch()
+                for uid in ("exited", "hog"):
+                    (agent.kernel_folder(uid) / "home" / "go").touch()
                 # All that the agent knew of it: only the engine has it still.
                 shutil.rmtree(agent.kernel_folder("forgotten"))
                 for uid in ("exited", "hog"):

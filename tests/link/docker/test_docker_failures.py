@@ -96,7 +96,7 @@ def test_commands_that_cannot_start_and_ends(tmp_path: Path) -> None:
                     spec = kernel(uid, command, health_check=None, **fields)
                 manager.want(spec)
             for uid, (_, _, reason, code, words) in cases.items():
-                ended = (await manager.exited(uid, 60)).exit
+                ended = (await manager.exited(uid)).exit
                 assert ended.reason == reason, (uid, ended)
                 assert code is None or ended.code == code, (uid, ended)
                 assert words in ended.message, (uid, ended)

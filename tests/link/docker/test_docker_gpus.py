@@ -84,7 +84,7 @@ def test_the_over_user_goes_and_its_neighbour_stays(tmp_path: Path) -> None:
             await manager.until(lambda: manager.values("k1").get("cuda_mem_util") == pytest.approx(80))
 
             await ask(first, f"/use?bytes={12 * GIB}")
-            ended = await manager.exited("k1", 30)
+            ended = await manager.exited("k1")
             assert ended.exit.reason == "GPU_MEMORY_EXCEEDED"
             assert "12 GiB" in ended.exit.message and "10 GiB" in ended.exit.message, ended.exit.message
             assert await ask(second, "/") == "ok\n"
@@ -105,13 +105,13 @@ def test_a_gpu_that_falls_off_the_bus_takes_its_containers_along(tmp_path: Path)
             other = await manager.healthy("k2")
             made.state["gpus"][0]["lost"] = 1
             made.write()
-            ended = await manager.exited("k1", 30)
+            ended = await manager.exited("k1")
             assert ended.exit.reason == "DEVICE_LOST"
             await manager.until(lambda: not manager.devices[GPU].healthy)
             assert manager.statuses["k2"].pid == other.pid
             made.state["gpus"][0]["lost"] = 0
             made.write()
-            await manager.until(lambda: manager.devices[GPU].healthy, 30)
+            await manager.until(lambda: manager.devices[GPU].healthy)
             manager.unwant("k1")
             await manager.gone("k1")
             manager.want(user("k3", GIB, 500))

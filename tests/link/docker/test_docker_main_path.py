@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from pathlib import Path
 
 from agent_fakes import alive
@@ -42,9 +41,14 @@ def test_a_kernel_becomes_healthy_is_measured_and_goes(tmp_path: Path) -> None:
             assert (manager.hello.backend, manager.hello.runs_images) == ("docker", True)
             assert fleet_pb2.SECURITY_PROFILE_STRICT in manager.hello.security_profiles
             manager.measure_every(300)
-            literal = {"port": 9123, "fixed_port": True}
+            # Longer than anybody waits. Python does not end on SIGTERM as the first process of a container,
+            # but here it is not the first.
+            patient = {"stop_grace_ms": 90_000}
+            literal = {"port": 9123, "fixed_port": True, **patient}
             # Two that name one port: each has a network of its own.
-            manager.want(kernel("k1"), kernel("k2", LITERAL, **literal), kernel("k3", LITERAL, **literal))
+            manager.want(
+                kernel("k1", **patient), kernel("k2", LITERAL, **literal), kernel("k3", LITERAL, **literal)
+            )
             ports = set()
             for uid, argument in (("k1", "8000"), ("k2", "9123"), ("k3", "9123")):
                 status = await manager.healthy(uid)
@@ -71,14 +75,11 @@ def test_a_kernel_becomes_healthy_is_measured_and_goes(tmp_path: Path) -> None:
             assert 4 * 2**20 < values["mem"] < 200 * 2**20, values
             assert 0 <= values["cpu_util"] <= 110, values
 
-            began = time.monotonic()
             for uid in ("k1", "k2", "k3"):
                 manager.unwant(uid)
             for uid in ("k1", "k2", "k3"):
                 await manager.gone(uid)
                 assert not agent.kernel_folder(uid).exists()
-            # Python does not end on SIGTERM as the first process of a container: it is not the first here.
-            assert time.monotonic() - began < 2.9
             assert not alive(status.pid) and await names(agent) == []
             assert not await answers(status)
 

@@ -52,7 +52,7 @@ def test_kernels_of_one_node_meet_in_a_network_of_their_own(tmp_path: Path) -> N
             await agent.end(signal.SIGKILL)
             reports = manager.complete_reports
             await agent.start()
-            await manager.until(lambda: manager.complete_reports > reports, 30.0)
+            await manager.until(lambda: manager.complete_reports > reports)
             for spec in one[:2]:
                 manager.unwant(spec.uid)
                 await manager.gone(spec.uid)
@@ -70,8 +70,7 @@ def test_kernels_of_one_node_meet_in_a_network_of_their_own(tmp_path: Path) -> N
                 await manager.exited(spec.uid)
             with engines.client() as engine:
                 engine.remove_container((await container(agent, "t-sub1"))["Id"], force=True)
-            # Whether it is seen dying or gone is a matter of moments.
-            assert (await manager.exited("t-sub1")).exit.reason in ("LOST", "SIGNALED")
+            assert (await manager.exited("t-sub1")).exit.reason == "LOST"
             for spec in (*broken, *other):
                 manager.unwant(spec.uid)
                 await manager.gone(spec.uid)
@@ -111,7 +110,7 @@ def test_a_session_over_two_nodes(tmp_path: Path) -> None:
                 (agent.kernel_folder("s-main1") / "kernel.json").unlink()
                 reports = manager.complete_reports
                 await agent.start()
-                await manager.until(lambda: manager.complete_reports > reports, 30.0)
+                await manager.until(lambda: manager.complete_reports > reports)
                 again = await manager.healthy("s-main1")
                 assert (again.port, again.pid) == (status.port, status.pid)
 
@@ -119,7 +118,7 @@ def test_a_session_over_two_nodes(tmp_path: Path) -> None:
                 await second.gone("s-sub1")
                 assert await names(other) == [] and await names(agent) == ["s-main1"]
             finally:
-                await other.end(signal.SIGINT, 30.0)
+                await other.end(signal.SIGINT)
                 await second.stop()
                 assert engines.left_behind(other.home) == []
 

@@ -259,6 +259,22 @@ def test_strict_is_what_the_endpoint_or_its_group_asks_for(tmp_path: Path) -> No
     with_inside(tmp_path / "manager", body)
 
 
+def test_agents_of_one_swarm_are_told_to_have_a_network_over_their_nodes(tmp_path: Path) -> None:
+    async def body(running: Inside, admin: Client) -> None:
+        await model_folder(admin, tmp_path / "folder")
+        async with (
+            agent(running, admin, "one", overlay="swarm-1", makes_overlay=True) as one,
+            agent(running, admin, "two", overlay="swarm-1") as two,
+        ):
+            known = [one, two]
+            for name, mode, overlay in (("far", "multi-node", True), ("near", "single-node", False)):
+                await admin.endpoints.create(name, model="m", cluster_size=2, cluster_mode=mode)
+                await until(lambda name=name: _is(lambda: len(_specs(known, name)) == 2))
+                assert [spec.cluster.overlay for spec in _specs(known, name)] == [overlay] * 2
+
+    with_inside(tmp_path / "manager", body)
+
+
 def _profiles(agents: list[Agent], endpoint: str) -> list[int]:
     return sorted(int(spec.security_profile) for spec in _specs(agents, endpoint))
 

@@ -7,16 +7,30 @@ import base64
 import io
 import json
 import tarfile
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dure.agent.backends import outcome
 from dure.agent.backends.base import Bind, Container, Handle, Injection, Plan
-from dure.agent.backends.docker import images, labels, node, request, starting, streams, users
+from dure.agent.backends.docker import (
+    images,
+    labels,
+    networks,
+    node,
+    request,
+    starting,
+    streams,
+    swarm,
+    users,
+)
 from dure.agent.backends.docker.engine import NoAnswer
 from dure.agent.backends.docker.labels import Owner
 from dure.agent.backends.docker.logs import Place
@@ -157,10 +171,57 @@ def test_networks_and_ports() -> None:
     made = body(other=container(names=("main1", "sub1"), addresses=(), spec=spec), network="n")
     assert made["HostConfig"]["NetworkMode"] == "n" and made["Hostname"] == "main1"
     assert made["NetworkingConfig"] == {"EndpointsConfig": {"n": {"Aliases": ["main1"]}}}
+    spec.cluster.CopyFrom(fleet_pb2.Cluster(overlay=True))
+    made = body(other=container(names=("main1", "sub1"), addresses=(), spec=spec), network="n")
+    assert made["HostConfig"]["NetworkMode"] == "n" and "PortBindings" in made["HostConfig"]
     made = body(other=container(names=("main1", "sub1")))
     assert made["HostConfig"]["NetworkMode"] == "host"
     assert made["HostConfig"]["ExtraHosts"] == ["main1:10.0.0.1", "sub1:10.0.0.1"]
     assert "PortBindings" not in made["HostConfig"] and "Hostname" not in made
+
+
+def test_an_overlay_has_one_name_on_all_nodes_and_a_bridge_has_not() -> None:
+    other = Owner("agent-2", "/var/lib/dure/agents/m")
+    for place, same in (({"overlay": True}, True), ({"one_node": True}, False)):
+        spec = fleet_pb2.KernelSpec(session_uid="s", cluster=fleet_pb2.Cluster(**place))
+        assert (networks.name_of(spec, OWNER) == networks.name_of(spec, other)) == same
+        assert networks.name_of(spec, OWNER).startswith("dure-s")
+    assert networks.name_of(fleet_pb2.KernelSpec(session_uid="s"), OWNER) == ""
+    said = "Could not attach to network dure-s: rpc error: code = NotFound desc = network dure-s not found"
+    assert starting.lacks_network(said, "dure-s")
+    assert not starting.lacks_network("executable file not found", "dure-s")
+
+
+def test_the_swarm_of_a_worker_stands_in_its_certificate(tmp_path: Path) -> None:
+    def info(**fields: object) -> dict[str, object]:
+        return {"DockerRootDir": str(tmp_path), "Swarm": {"LocalNodeState": "active", **fields}}
+
+    manager = info(ControlAvailable=True, Cluster={"ID": "swarm-1"})
+    assert (swarm.id_of(manager), swarm.is_manager(manager)) == ("swarm-1", True)
+    for alone in ({}, {"Swarm": None}, info(LocalNodeState="inactive", Cluster={"ID": "swarm-1"})):
+        assert (swarm.id_of(alone), swarm.is_member(alone), swarm.is_manager(alone)) == ("", False, False)
+    file = tmp_path / swarm.CERTIFICATE
+    file.parent.mkdir(parents=True)
+    for words in (None, "no certificate"):
+        if words is not None:
+            file.write_text(words)
+        assert (swarm.id_of(info()), swarm.is_member(info())) == ("", True)
+    file.write_bytes(_certificate("swarm-1", "swarm-worker", "node-1"))
+    assert (swarm.id_of(info()), swarm.is_manager(info())) == ("swarm-1", False)
+
+
+def _certificate(organisation: str, unit: str, name: str) -> bytes:
+    """As engines of a swarm have it."""
+    who = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, organisation),
+            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit),
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+        ]
+    )
+    key, now = Ed25519PrivateKey.generate(), datetime.now(UTC)
+    made = x509.CertificateBuilder(who, who, key.public_key(), 1, now, now + timedelta(days=90))
+    return made.sign(key, None).public_bytes(Encoding.PEM)
 
 
 def test_gpus_are_asked_for_by_name_and_all_others_are_hidden() -> None:

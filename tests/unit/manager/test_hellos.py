@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dure.fleet.v1.fleet_pb2 import Device, Hello
-from dure.manager.hellos import DEVICES_MAX, check_devices, checked, news
+from dure.manager.hellos import DEVICES_MAX, check_devices, checked, have_overlay, news
 from dure.wire.errors import InvalidInput
 
 
@@ -67,3 +69,12 @@ def test_what_went_and_what_came_back() -> None:
     assert [(reason, "GPU-2" in text) for reason, text, _ in both] == [
         ("DEVICE_LOST", False), ("DEVICE_LOST", True), ("DEVICE_BACK", False)
     ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "s1", "s2"]), st.booleans()), min_size=1, max_size=4))
+def test_an_overlay_is_for_agents_of_one_swarm_with_one_that_can_make_it(
+    said: list[tuple[str, bool]],
+) -> None:
+    hellos = [Hello(overlay=name, makes_overlay=makes) for name, makes in said]
+    can = {name for name, _ in said} in ({"s1"}, {"s2"}) and True in [makes for _, makes in said]
+    assert have_overlay(hellos) == can

@@ -4,8 +4,9 @@ A back end keeps what it needs to find a kernel again in the kernel's own folder
 was killed can adopt: a handle is that folder and the uid. Entry points of the group
 `dure.agent.backends` name classes that take the agent's own folder.
 
-A kernel may be contained: it runs in an image, with a file system and, unless its session spans nodes, a
-network of its own. Then it binds the port that is declared, and the back end tells where that is reached.
+A kernel may be contained: it runs in an image, with a file system and, unless its session spans nodes
+without an overlay, a network of its own. Then it binds the port that is declared, and the back end tells
+where that is reached.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dure.agent import clusters
 from dure.agent.usage import Usage
 from dure.fleet.v1 import fleet_pb2
 
@@ -93,8 +95,8 @@ class Container:
 
     @property
     def shares_network(self) -> bool:
-        """Whether it has the node's network: its session is on several."""
-        return bool(self.names) and not self.spec.cluster.one_node
+        """Whether it has the node's network: its session is on several, without an overlay."""
+        return bool(self.names) and not clusters.own_network(self.spec.cluster)
 
 
 # Told what goes on while a kernel is started, for people, and how far the fetching of its image is.
@@ -167,6 +169,9 @@ class Abilities:
     no_devices: Mapping[str, str] = field(default_factory=dict)
     # Why kernels cannot be pinned to NUMA nodes; empty if they can.
     no_pinning: str = ""
+    # What Hello says of networks over several nodes.
+    overlay: str = ""
+    makes_overlay: bool = False
 
 
 class StartFailed(Exception):
@@ -198,6 +203,10 @@ class Backend(Protocol):
 
     async def find(self) -> list[fleet_pb2.KernelSpec]:
         """Kernels of this agent that are there though the agent's folder may know nothing of them."""
+
+    async def prepare(self, handle: Handle, spec: fleet_pb2.KernelSpec) -> None:
+        """Makes what the session's kernels on other nodes wait for, before this one's folders and image are
+        fetched and its turn comes, which may take long. Raises StartFailed."""
 
     async def start(self, plan: Plan, tell: Tell) -> None:
         """Begins a start. Raises StartFailed, or OSError."""

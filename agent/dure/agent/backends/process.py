@@ -97,6 +97,9 @@ class ProcessBackend:
         # Nothing is known of a kernel without its folder.
         return []
 
+    async def prepare(self, handle: Handle, spec: fleet_pb2.KernelSpec) -> None:
+        return
+
     async def start(self, plan: Plan, tell: Tell) -> None:
         folder = plan.handle.folder
         content = view.build(plan, self._home, self._no_maps)

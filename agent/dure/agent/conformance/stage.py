@@ -20,7 +20,7 @@ from dure.fleet.v1 import fleet_pb2
 # Losing the stream, or the program's start, until everything was reported. The protocol says 1 s of backoff.
 RECONNECT_LIMIT_S = 8.0
 CLEAN_LIMIT_S = 20.0
-_REQUEST_LIMIT_S = 5.0
+_REQUEST_LIMIT_S = 15.0
 Condition = Callable[[fleet_pb2.KernelStatus], bool]
 
 

@@ -75,7 +75,10 @@ def standing(answers: Sequence[tuple[str, str]], why: str = "") -> Standing:
     problems = dict(answers)
     found = choose([mode for mode, _ in answers], problems)
     pending = NOT_USED_YET in [problems[mode] for mode, _ in answers if rank(mode) > rank(found.mode)]
-    return Standing(found.mode, "; ".join(part for part in (found.why, why) if part), pending)
+    # What kept a mode from being prepared is why it is not in force.
+    told = {part.partition(":")[0] for part in why.split("; ")}
+    now = [part for part in found.why.split("; ") if part.partition(":")[0] not in told]
+    return Standing(found.mode, "; ".join(part for part in (*now, why) if part), pending)
 
 
 def lacking_since(

@@ -25,7 +25,7 @@ from dure.agent.backends.base import (
     StartFailed,
     Tell,
 )
-from dure.agent.backends.docker import gate, labels, node, starting
+from dure.agent.backends.docker import gate, labels, node, starting, swarm
 from dure.agent.backends.docker.containers import Containers, Kernel, insist
 from dure.agent.backends.docker.engine import Engine, EngineError, NoAnswer, Refusal, url
 from dure.agent.backends.docker.images import Images
@@ -39,12 +39,15 @@ from dure.agent.shim.files import read_json, write_json
 from dure.agent.usage import Usage
 from dure.fleet.v1 import fleet_pb2
 
-# An engine may still be coming up when the agent does.
-PROBE_S = 30.0
+# An engine may still be coming up when the agent does. Less than what others wait for an agent.
+PROBE_S = 20.0
 # After SIGKILL; more means that the kernel of the machine holds it.
 KILL_S = 15.0
 LOG_END_S = 5.0
 REAP_S = 60.0
+# An engine takes some tenths of a second from killing a container to its removal.
+REMOVAL_S, REMOVAL_LOOKS = 1.0, 5
+PAUSED = "its container is paused: `docker unpause` lets it go on"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -82,6 +85,9 @@ class DockerBackend:
             hard_limits=await asyncio.to_thread(node.hard_limits, self._engine.socket),
         )
         found = node.limitations(info, root=os.geteuid() == 0)
+        overlay = await asyncio.to_thread(swarm.id_of, info)
+        if not overlay and swarm.is_member(info):
+            found.append(swarm.UNKNOWN)
         no_devices = {} if self._facts.gpus else {"cuda": node.no_gpus(info)}
         return Abilities(
             maps_mounts=True,
@@ -89,6 +95,8 @@ class DockerBackend:
             limitations=tuple(found),
             no_devices=no_devices,
             can_be_strict=True,
+            overlay=overlay,
+            makes_overlay=swarm.is_manager(info),
         )
 
     async def _first_answer(self) -> Mapping[str, Any]:
@@ -133,6 +141,16 @@ class DockerBackend:
                 specs.append(spec)
         self._found = frozenset(spec.uid for spec in specs)
         return specs
+
+    async def prepare(self, handle: Handle, spec: fleet_pb2.KernelSpec) -> None:
+        if not spec.cluster.overlay:
+            return
+        # Removed before its start begins, it must let go of the network all the same.
+        self._kernels[handle.uid] = _new(self._engine, handle, session=spec.session_uid)
+        try:
+            await self._networks.span(spec, self._containers.known_owner())
+        except EngineError as error:
+            raise StartFailed(f"the network of its session cannot be made: {error}") from error
 
     async def start(self, plan: Plan, tell: Tell) -> None:
         container = plan.container
@@ -201,7 +219,7 @@ class DockerBackend:
             found = await self._containers.look(handle.uid, kernel.container)
         except EngineError:
             return None
-        if found is None:
+        if found is None or (not found.running and await self._was_removed(handle, kernel)):
             self.write_exit(handle, _gone({"boot_id": boot_id()}))
         elif not found.running:
             await kernel.log.finished(LOG_END_S)
@@ -210,9 +228,24 @@ class DockerBackend:
             if kernel.seen is None or kernel.seen.pid != found.pid:
                 kernel.groups = None
             kernel.seen = found
-            return Observation(pid=found.pid, started_at_s=kernel.begun_s, port=found.port)
+            message = PAUSED if found.status == "paused" else ""
+            return Observation(found.pid, kernel.begun_s, message, port=found.port)
         kernel.seen = found
         return Observation(ended=outcome.read(read_json(str(handle.folder / "exit.json")) or {}))
+
+    async def _was_removed(self, handle: Handle, kernel: Kernel) -> bool:
+        """Whether it ended because somebody else removed its container: that kills it first, and the
+        container is gone a moment later."""
+        if kernel.stopping or not self._watch.was_killed(handle.uid):
+            return False
+        try:
+            for _ in range(REMOVAL_LOOKS):
+                await asyncio.sleep(REMOVAL_S / REMOVAL_LOOKS)
+                if await self._containers.look(handle.uid, kernel.container) is None:
+                    return True
+        except EngineError:
+            return False
+        return False
 
     async def stop(self, handle: Handle, grace_s: float) -> None:
         kernel = self._kernels.get(handle.uid)

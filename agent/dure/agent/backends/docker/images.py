@@ -197,12 +197,13 @@ def _note(progress: _Progress, message: dict[str, Any]) -> None:
     if not layer_id or not status or status.startswith("Pulling from"):
         return
     detail = message.get("progressDetail") or {}
+    before = progress.layers.get(layer_id, fleet_pb2.ImageLayer())
+    # Engines tell the size of a layer while it is downloaded, and then no more; some count seconds later on.
+    total = int(detail.get("total") or 0) or before.total_bytes
+    current = 0 if "units" in detail else int(detail.get("current") or 0)
     progress.changes += 1
     progress.layers[layer_id] = fleet_pb2.ImageLayer(
-        id=layer_id[:64],
-        status=status[:64],
-        current_bytes=int(detail.get("current") or 0),
-        total_bytes=int(detail.get("total") or 0),
+        id=layer_id[:64], status=status[:64], current_bytes=current, total_bytes=total
     )
 
 

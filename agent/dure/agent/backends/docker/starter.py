@@ -24,9 +24,12 @@ from dure.agent.machine import boot_id
 from dure.agent.shim.files import write_bytes
 from dure.agent.shim.namespace import open_below
 from dure.agent.shim.templates import fill
+from dure.wire.backoff import backoff_s
 
 PORT_TRIES = 3
 EXEC_S = 2.0
+# Agents that can make an overlay do so as soon as they hear of a session: longer than one takes to come back.
+OVERLAY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,12 @@ class Starter:
         # Of a start that was broken off.
         for listed in await self._containers.of(spec.uid):
             await self._containers.remove(listed["Id"])
-        binds, checks = await asyncio.to_thread(_prepare, plan)
+        user = request.user(image, container.strict)
+        binds, checks = await asyncio.to_thread(_prepare, plan, user)
         try:
             owner = self._containers.known_owner()
             network = await self._networks.provide(spec, owner) if container.names else ""
-            await self._create_and_begin(_Start(plan, container, image, binds, network, kernel))
+            await self._create_and_begin(_Start(plan, container, image, binds, network, kernel), tell)
             pid = kernel.seen.pid if kernel.seen is not None else 0
             if container.strict:
                 await asyncio.to_thread(_refuse_superuser, pid)
@@ -87,12 +91,12 @@ class Starter:
             for descriptor, _ in checks:
                 os.close(descriptor)
 
-    async def _create_and_begin(self, start: _Start) -> None:
+    async def _create_and_begin(self, start: _Start, tell: Tell) -> None:
         kernel = start.kernel
         for left in reversed(range(PORT_TRIES)):
             await self._create(start)
             try:
-                await self._engine.call(lambda client: client.start(kernel.container), SLOW_S, whole=True)
+                await self._begin(start, tell)
                 break
             except Refusal as error:
                 # Nothing of it ran: somebody was faster with each of the ports.
@@ -105,6 +109,29 @@ class Starter:
         if seen is not None and seen.pid and not await asyncio.to_thread(_became, seen.pid):
             # What it could not execute, its log tells.
             kernel.seen = await self._containers.until_ended(start.plan.handle.uid, seen, EXEC_S)
+
+    async def _begin(self, start: _Start, tell: Tell) -> None:
+        """Starts the container. Waits for the overlay that another node makes: the engine of a swarm's worker
+        knows one only once a container of its own is in it, so trying is the way to ask."""
+        container, overlay = start.kernel.container, start.container.spec.cluster.overlay
+        deadline_s = time.monotonic() + OVERLAY_S
+        attempt = 0
+        while True:
+            try:
+                await self._engine.call(lambda client: client.start(container), SLOW_S, whole=True)
+                return
+            except Refusal as error:
+                if not overlay or not starting.lacks_network(str(error), start.network):
+                    raise
+                if time.monotonic() > deadline_s:
+                    raise StartFailed(
+                        f"no node made the network `{start.network}` of its session within {OVERLAY_S:g} s "
+                        f"({error}): see with `docker node ls` whether a node with an agent is a manager of "
+                        "the swarm, and restart the agents of nodes that joined, left, or changed their role"
+                    ) from error
+            attempt += 1
+            tell("waiting for the network of its session, which another node makes", None)
+            await asyncio.sleep(backoff_s(attempt, first_s=0.1, max_s=2.0, jitter=0.0))
 
     async def _create(self, start: _Start) -> None:
         plan, container, owner = start.plan, start.container, self._containers.known_owner()
@@ -187,7 +214,7 @@ class _Start:
         return tuple(fill(word, values) for word in request.command(self.plan, self.image))
 
 
-def _prepare(plan: Plan) -> tuple[list[Bind], list[tuple[int, str]]]:
+def _prepare(plan: Plan, user: str) -> tuple[list[Bind], list[tuple[int, str]]]:
     """What the container mounts, and descriptors of folders within folders with where they must appear: who
     may write beside such a folder could exchange it for a link before the engine looks."""
     folder = plan.handle.folder
@@ -211,6 +238,8 @@ def _prepare(plan: Plan) -> tuple[list[Bind], list[tuple[int, str]]]:
         if extra.subpath:
             checks.append((open_below(source, extra.subpath), extra.target))
             source = os.path.normpath(f"{source}/{extra.subpath}")
+        if extra.writable and user:
+            users.open_to_all(source)
         binds.append(Bind(source, extra.target, not extra.writable))
     return binds, checks
 

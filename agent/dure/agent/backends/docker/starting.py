@@ -35,6 +35,11 @@ def port_is_taken(said: str) -> bool:
     return "port is already allocated" in lower or "address already in use" in lower
 
 
+def lacks_network(said: str, network: str) -> bool:
+    """Whether the engine says that there is no such network, or not yet."""
+    return network in said and "not found" in said.lower()
+
+
 def failed(said: str, plan: Plan) -> StartFailed:
     """From the engine's whole sentence; its innermost words stay in what users read."""
     words = said.rpartition("caused: ")[2].removesuffix(": unknown").strip()

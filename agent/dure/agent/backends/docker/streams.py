@@ -99,7 +99,7 @@ async def events(
     """Starts and ends of containers with the labels (`name=value`), from a time on that is given in Unix
     seconds with a fraction."""
     # Podman's words too, where they are others: `died`, `remove`.
-    words = ["start", "die", "died", "oom", "destroy", "remove"]
+    words = ["start", "die", "died", "oom", "kill", "destroy", "remove", "pause", "unpause"]
     filters = {"type": ["container"], "label": list(labels), "event": words}
     query = {"filters": json.dumps(filters), "since": since}
     async with opened(socket, "GET", "/events", query=query) as content:

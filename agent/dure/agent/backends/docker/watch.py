@@ -29,6 +29,8 @@ class Watch:
         self._engine = engine
         self._events: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._since = f"{time.time():.9f}"
+        # Kernels whose containers somebody had the engine kill: this agent, or another.
+        self._killed: set[str] = set()
 
     def expect(self, uid: str) -> None:
         """From now on nothing that is heard of the kernel's container is lost, whoever asks how late."""
@@ -50,6 +52,12 @@ class Watch:
 
     def forget(self, uid: str) -> None:
         self._events.pop(uid, None)
+        self._killed.discard(uid)
+
+    def was_killed(self, uid: str) -> bool:
+        """Whether the engine was told to kill it, as far as was heard: a signal of the node's is none of
+        that."""
+        return uid in self._killed
 
     async def run(self, owner: Callable[[], Owner | None]) -> None:
         """Until cancelled. There is no owner before the agent has joined."""
@@ -69,7 +77,10 @@ class Watch:
                     async for event in events:
                         self._since = _after(event)
                         attributes = event.get("Actor", {}).get("Attributes", {})
-                        self.wake(attributes.get(KERNEL, ""))
+                        uid = attributes.get(KERNEL, "")
+                        if event.get("Action") == "kill" and uid in self._events:
+                            self._killed.add(uid)
+                        self.wake(uid)
             except EngineError as error:
                 if not attempt:
                     _log.warning("no events of the container engine (%s); trying again", error)
