@@ -239,7 +239,7 @@ def checked(name: str, given: dict[str, Any]) -> Options:
         overlay=not given["no_overlay"],
         metrics_bind=given["metrics_bind"],
         metrics_port=given["metrics_port"],
-        backend=_known_backend(given["backend"]),
+        backend=known_backend(given["backend"]),
     )
 
 
@@ -247,7 +247,8 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def _known_backend(name: str) -> str:
+def known_backend(name: str) -> str:
+    """Raises click.BadParameter if it is not installed."""
     known = sorted(entry.name for entry in entry_points(group=BACKENDS_GROUP))
     if name not in known:
         raise click.BadParameter(

@@ -25,6 +25,7 @@ _SECTIONS = ("environment", "resource_slots", "environ")
 _ENVIRONMENT = ("image", "architecture")
 _OTHER_ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64", "armv8": "aarch64"}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def wrong_image(image: str) -> str:
     if len(image) > IMAGE_CHARACTERS_MAX or not re.fullmatch(r"[A-Za-z0-9][\w.\-/:@+]*", image, re.ASCII):
         example = "expected a path such as `example.com/model-server:latest`"
         return f"found `{shown(image)}`, {example}"
+    _, at, digest = image.partition("@")
+    if at and not _DIGEST.fullmatch(digest):
+        return f"found `{shown(image)}`, expected `sha256:` and 64 hexadecimal digits after the `@`"
     return ""
 
 

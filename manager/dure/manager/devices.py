@@ -207,6 +207,8 @@ def _short_shares(
     if not any(SHARES in device.slots for device in free.offered):
         return f"{SHARES}: no GPU, {want} wanted"
     weak = [device for device in (*free.gpus, *free.parts) if device not in eligible]
+    if least == enforcement.MIG and eligible and not several:
+        return f"{SHARES}: {_short_parts(wanted, eligible, free)}, {want} wanted, `{least}` is required"
     with_room = [
         device
         for device in (*eligible, *weak)
@@ -236,6 +238,19 @@ def _short_shares(
         each = " + ".join(format_slot(SHARES, size) for size in sizes)
         return f"{SHARES}: {shown or '0.00'} free, {each} wanted on {len(sizes)} GPUs{note}"
     return f"{SHARES}: {format_slot(SHARES, total)} free, {want} wanted{note}"
+
+
+def _short_parts(wanted: int, parts: Sequence[DeviceCapacity], free: _Free) -> str:
+    """What is wrong with parts of which none has room."""
+    largest = max(part.slots[SHARES] for part in parts)
+    if largest < wanted:
+        return f"the largest part of a GPU in MIG mode is {format_slot(SHARES, largest)}{_broken(free)}"
+    rooms = [free.shares[part.id] for part in parts if free.shares[part.id]]
+    if rooms:
+        most = format_slot(SHARES, max(rooms))
+        return f"the largest free part of a GPU in MIG mode is {most}{_broken(free)}"
+    taken = "the only part of a GPU in MIG mode is" if len(parts) == 1 else ""
+    return f"{taken or f'all {len(parts)} parts of GPUs in MIG mode are'} taken{_broken(free)}"
 
 
 def _fit_devices(wanted: int, free: _Free) -> tuple[DeviceShare, ...] | str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dure.manager import placement, placing, schema, views
+from dure.manager import advising, placement, placing, schema, views
 from dure.manager.model import AgentStatus, EndpointStatus, KernelPhase
 from dure.manager.placement import Node, Request
 from dure.v1 import endpoint_pb2
@@ -52,7 +52,7 @@ def needs(request: Request) -> str:
     if request.enforcement:
         parts.append(f"shares with at least `{request.enforcement}` enforced")
     if request.strict:
-        parts.append(f"the profile STRICT, which {request.strict} asks for")
+        parts.append(f"the profile `strict`, which {request.strict} asks for")
     if request.fixed_port:
         parts.append(f"port {request.fixed_port} of its host")
     return ", ".join(parts)
@@ -64,21 +64,19 @@ def _advice(
     lines = []
     status = EndpointStatus(row.status)
     if status is EndpointStatus.BLOCKED:
+        if newest := row.last_error or next(iter(reversed(row.errors)), ""):
+            lines.append(f"its last error: {newest}")
         lines.append(f"read what the replicas wrote: dure endpoint logs {row.name} --previous")
         lines.append(f"then mend it, and clear the errors: dure endpoint retry {row.name}")
     elif status is EndpointStatus.STOPPED:
         lines.append(f"start it: dure endpoint scale {row.name} 1")
     elif status is EndpointStatus.UNHEALTHY:
         lines.append(f"read what the replicas write: dure endpoint logs {row.name}")
-    if not nodes:
+    if not nodes or status not in (EndpointStatus.STOPPED, EndpointStatus.HEALTHY):
+        lines += advising.advice(row.name, request, nodes)
+    if status is EndpointStatus.PENDING and request.size > 1 and not all(reason for _, reason in found):
         lines.append(
-            f"resource group `{request.resource_group}` has no agents: start one with `dure agent`, or "
-            f"choose another group: dure endpoint update {row.name} --group NAME"
+            f"there is room for a kernel, but not for all {request.size}: ask for less with "
+            f"dure endpoint update {row.name} -r SLOT=AMOUNT, or make room"
         )
-    elif all(reason for _, reason in found) and status not in (
-        EndpointStatus.STOPPED,
-        EndpointStatus.HEALTHY,
-    ):
-        lines.append(f"ask for less: dure endpoint update {row.name} -r SLOT=AMOUNT")
-        lines.append("or make room: see what is used with `dure agent list`, stop what is not needed")
     return lines

@@ -145,6 +145,11 @@ def replica(
             message=status.message,
             enforcement=status.enforcement,
             enforcement_detail=status.enforcement_detail,
+            security_profile=(
+                endpoint_pb2.SECURITY_PROFILE_STRICT
+                if kernel.strict
+                else endpoint_pb2.SECURITY_PROFILE_DEFAULT
+            ),
         )
         for share in kernel.devices:
             amount = format_slot(share["slot"], share["amount"])

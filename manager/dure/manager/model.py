@@ -185,7 +185,9 @@ class EndpointView:
     """An endpoint, as far as its replicas' fate depends on it.
 
     `stable` is the newest revision of which all replicas were healthy, 0 for none. `idle` says that the
-    autoscaler, not the user, wants zero replicas, or has just been woken.
+    autoscaler, not the user, wants zero replicas, or has just been woken. `failures` in a row, the last at
+    `failed_ms`; `evictions` of them by nodes, which being healthy for a moment does not end; `last_error` is
+    why the last of either ended.
     """
 
     uid: str
@@ -200,6 +202,9 @@ class EndpointView:
     errors: tuple[str, ...] = ()
     failures: int = 0
     failed_ms: int = 0
+    evictions: int = 0
+    evicted_ms: int = 0
+    last_error: str = ""
     idle: bool = False
 
 

@@ -49,11 +49,12 @@ class Node:
 class Request:
     """What a session needs: `size` kernels of `slots` each, on one node unless `several_nodes`.
 
-    `peers` counts the replicas of its endpoint that each node has already; `pack` prefers the fullest node to
-    the one with the fewest of them. `needs_image` is a session that runs its image's own command,
-    `needs_mounts` one for which more than the model folder must appear in its file system. `salt` picks
-    among free rendezvous ports, so that one which cannot be bound is not tried for ever. `enforcement` is the
-    least that its shares of devices must have, `strict` says why it needs the profile STRICT; empty for any.
+    `peers` counts the replicas of its endpoint that each node has already; `pack` prefers the fullest node
+    to the one with the fewest of them. `needs_image` is a session that runs its image's own command,
+    `has_image` one that names an image, `needs_mounts` one for which more than the model folder must appear
+    in its file system. `salt` picks among free rendezvous ports, so that one which cannot be bound is not
+    tried for ever. `enforcement` is the least that its shares of devices must have, `strict` says why it
+    needs the profile `strict`; empty for any.
     """
 
     slots: Mapping[str, int]
@@ -65,6 +66,7 @@ class Request:
     pack: bool = False
     architecture: str = ""
     needs_image: bool = False
+    has_image: bool = True
     needs_mounts: bool = False
     salt: int = 0
     enforcement: str = ""
@@ -154,7 +156,7 @@ def _place_on_one(request: Request, group: list[Node]) -> Placed | NoPlace:
         places: list[Place] = []
         grants = [grant for other in group if other.host == node.host for grant in other.grants]
         for index in range(request.size):
-            found = _fit(request, node, grants, main=index == 0)
+            found = fit_kernel(request, node, grants, main=index == 0)
             if not isinstance(found, Grant):
                 after = f" after {index} of {request.size} kernels" if index else ""
                 refusals.append(Refusal(node.name, found + after))
@@ -177,7 +179,7 @@ def _place_kernel(
     candidates: list[tuple[tuple[int, ...], str, Place]] = []
     for node in group:
         grants = [grant for other in group if other.host == node.host for grant in other.grants]
-        found = _fit(request, node, grants, main=main)
+        found = fit_kernel(request, node, grants, main=main)
         if isinstance(found, Grant):
             own = sum(1 for place in session if place.node.uid == node.uid)
             candidates.append(((own, *_rank(request, fuller(node, found))), node.name, Place(found, node)))
@@ -206,12 +208,12 @@ def explain(request: Request, nodes: Iterable[Node]) -> list[tuple[str, str]]:
     found = []
     for node in sorted(group, key=lambda node: node.name):
         grants = [grant for other in group if other.host == node.host for grant in other.grants]
-        fit = _fit(request, node, grants, main=True)
+        fit = fit_kernel(request, node, grants, main=True)
         found.append((node.name, fit if isinstance(fit, str) else ""))
     return found
 
 
-def _fit(request: Request, node: Node, on_host: Sequence[Grant], *, main: bool) -> Grant | str:
+def fit_kernel(request: Request, node: Node, on_host: Sequence[Grant], *, main: bool) -> Grant | str:
     """What a kernel gets of a node, or why it cannot; `on_host` are all grants on the node's host."""
     if not node.available:
         return node.unavailable_reason or "not available"
@@ -256,8 +258,10 @@ def _unfit(request: Request, node: Node) -> str:
         return f"its architecture is {node.architecture}, {request.architecture} is wanted"
     if request.needs_image and not node.runs_images:
         return "its back end runs no images, and the image's own command is wanted"
+    if node.runs_images and not request.has_image:
+        return "it runs sessions in images, and the endpoint has none: give it one with --image"
     if request.strict and not node.runs_strict:
-        return f"its back end cannot do the security profile STRICT, which {request.strict} asks for"
+        return f"its back end cannot do the security profile `strict`, which {request.strict} asks for"
     if (request.needs_mounts or request.size > 1) and not (node.maps_mounts or node.runs_images):
         what = "sessions of several kernels" if request.size > 1 else "extra mounts and shared memory"
         return f"it cannot make mount namespaces, which {what} need"

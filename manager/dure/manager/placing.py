@@ -33,6 +33,7 @@ async def request(
         pack=group is not None and group.policy == "PACK",
         architecture=spec["architecture"],
         needs_image=spec["needs_image"],
+        has_image=bool(template.image),
         needs_mounts=bool(template.extra_mounts) or template.shared_memory_bytes > 0,
         salt=zlib.crc32(salt.encode()),
         enforcement=template.require_enforcement,
@@ -41,7 +42,7 @@ async def request(
 
 
 def _strict(template: fleet_pb2.KernelSpec, group: schema.ResourceGroup | None) -> str:
-    """Who asks for the profile STRICT, for people; empty if nobody does."""
+    """Who asks for the profile `strict`, for people; empty if nobody does."""
     if template.security_profile == fleet_pb2.SECURITY_PROFILE_STRICT:
         return "the endpoint"
     if group is not None and group.security_profile == "STRICT":

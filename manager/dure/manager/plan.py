@@ -63,6 +63,9 @@ class Plan:
     clear_errors: bool = False
     failures: int = 0
     failed_ms: int = 0
+    evictions: int = 0
+    evicted_ms: int = 0
+    last_error: str = ""
     blocked: bool = False
     status: EndpointStatus = EndpointStatus.PENDING
     reason: str = ""
@@ -72,6 +75,13 @@ class Plan:
     def look_at(self, at_ms: int) -> None:
         if self.look_again_ms is None or at_ms < self.look_again_ms:
             self.look_again_ms = at_ms
+
+    @property
+    def next_start_ms(self) -> int:
+        """Before it nothing is started; 0 after no failure."""
+        after_failure_ms = self.failed_ms + backoff_ms(self.failures) if self.failures else 0
+        after_eviction_ms = self.evicted_ms + backoff_ms(self.evictions) if self.evictions else 0
+        return max(after_failure_ms, after_eviction_ms)
 
 
 def backoff_ms(failures: int) -> int:

@@ -25,7 +25,7 @@ from dure.manager.model import (
     RolloutState,
     Surroundings,
 )
-from dure.manager.plan import MOVES, IllegalMove, Move, Plan, backoff_ms
+from dure.manager.plan import MOVES, IllegalMove, Move, Plan
 from dure.manager.serving import in_route, serving_by_revision
 from dure.manager.standing import standing
 
@@ -36,6 +36,8 @@ FAILURES_MAX = 5
 SERVED_FAILURES_MAX = 4
 # A replica that was healthy for this long ends a series of failures.
 STABLE_MS = 10_000
+# One that its node ended was healthy just before: only this long ends a series of those.
+PROVEN_MS = 600_000
 UNHEALTHY_GRACE_MS = 60_000
 # The same for a new revision's replica that never was healthy: the old revision still serves.
 ROLLOUT_GRACE_MS = 20_000
@@ -44,9 +46,12 @@ DRAIN_GRACE_MS = 30_000
 LOST_KEEP_MS = 60_000
 # Replicas are made in steps, so that no transaction grows without bound.
 CREATE_MAX = 50
+ERROR_CHARS_MAX = 2_000
 # Exits that say nothing about the replica's own command. One that used more than its share, whose image
 # cannot be had, or for which less is enforced than it requires, ended by what it asked for: that counts.
 _INFRASTRUCTURE = frozenset({"NODE_REBOOTED", "LOST", "DEVICE_LOST"})
+# Ends by the node, which the next replica meets as surely once it has served for a while.
+_EVICTIONS = frozenset({"GPU_MEMORY_EXCEEDED", "ENFORCEMENT_FAILED"})
 
 
 def status_of(replica: ReplicaView) -> ReplicaStatus:
@@ -69,7 +74,8 @@ def status_of(replica: ReplicaView) -> ReplicaStatus:
 def reconcile(endpoint: EndpointView, replicas: Sequence[ReplicaView], around: Surroundings) -> Plan:
     """The whole decision. `replicas` are all that have not ended, oldest first."""
     plan = Plan(failures=endpoint.failures, failed_ms=endpoint.failed_ms, blocked=endpoint.blocked)
-    plan.stable = endpoint.stable
+    plan.evictions, plan.evicted_ms = endpoint.evictions, endpoint.evicted_ms
+    plan.last_error, plan.stable = endpoint.last_error, endpoint.stable
     plan.rollout = rollout.begin(endpoint, around.now_ms)
     current = {replica.uid: replica for replica in replicas if replica.living}
     if endpoint.rollout is None and all(_is_new(endpoint, r) for r in current.values() if not r.leaving):
@@ -149,7 +155,7 @@ def _observe(
         elif status is not replica.status:
             reason = next((kernel.message for kernel in replica.kernels if kernel.message), "")
             _move(plan, current, _observed_move(replica, status, reason))
-            if status is S.HEALTHY:
+            if status is S.HEALTHY and not plan.evictions:
                 plan.clear_errors = True
         # A success that came after the last failure and held ends the series. One from before says
         # nothing: a replica may serve for days while its neighbour cannot start.
@@ -159,6 +165,11 @@ def _observe(
                 plan.failures, plan.failed_ms = 0, 0
             else:
                 plan.look_at(around.now_ms + STABLE_MS - healthy_ms)
+        if status is S.HEALTHY and plan.evictions and replica.healthy_since_ms > plan.evicted_ms:
+            if around.now_ms - replica.healthy_since_ms >= PROVEN_MS:
+                plan.evictions, plan.evicted_ms, plan.clear_errors = 0, 0, True
+            else:
+                plan.look_at(replica.healthy_since_ms + PROVEN_MS)
         if status is S.UNHEALTHY:
             since_ms = replica.since_ms if replica.status is S.UNHEALTHY else around.now_ms
             grace_ms = _unhealthy_grace_ms(endpoint, replica, plan)
@@ -192,7 +203,7 @@ def _fail_by_exit(
     exited = next((kernel for kernel in replica.kernels if kernel.exit is not None), None)
     ended = exited.exit if exited is not None else None
     if exited is None or ended is None:
-        reason, infrastructure = "its agent no longer has it", True
+        reason, infrastructure, evicted = "its agent no longer has it", True, False
     else:
         reason = ended.message or f"ended with {ended.reason} (exit code {ended.code})"
         if ended.log_tail.strip():
@@ -201,9 +212,12 @@ def _fail_by_exit(
         if len(replica.kernels) > 1:
             reason = f"kernel {exited.name} on {exited.agent_name}: {reason}"
         infrastructure = ended.reason in _INFRASTRUCTURE
-    # One that served and then died is replaced; only those that never came up lead to BLOCKED.
-    counts = not infrastructure and not replica.was_healthy
-    _fail(endpoint, current, replica, around, plan, reason, counts=counts, quiet=infrastructure)
+        evicted = ended.reason in _EVICTIONS and not _healthy_for(replica, around, PROVEN_MS)
+    # One that served and then died is replaced; only those that never came up, or were ended by their node,
+    # lead to BLOCKED.
+    counts = not infrastructure and (evicted or not replica.was_healthy)
+    quiet = infrastructure
+    _fail(endpoint, current, replica, around, plan, reason, counts=counts, quiet=quiet, evicted=evicted)
 
 
 def _fail(
@@ -216,8 +230,9 @@ def _fail(
     *,
     counts: bool,
     quiet: bool = False,
+    evicted: bool = False,
 ) -> None:
-    stable = replica.was_healthy and around.now_ms - replica.healthy_since_ms >= STABLE_MS
+    stable = _healthy_for(replica, around, STABLE_MS)
     _move(plan, current, Move(replica.uid, S.FAILED, reason, "REPLICA_FAILED", warning=True, stop=True))
     if quiet or endpoint.deleting:
         return
@@ -230,13 +245,22 @@ def _fail(
         most = SERVED_FAILURES_MAX if replica.was_healthy else plan.failures + 1
         plan.failures = max(plan.failures, min(plan.failures + 1, most))
         plan.failed_ms = around.now_ms
+    if evicted and replica.created_ms > plan.evicted_ms:
+        plan.evictions, plan.evicted_ms = plan.evictions + 1, around.now_ms
+    where = f" on {replica.kernels[0].agent_name}" if replica.kernels else ""
+    plan.last_error = f"replica {replica.uid[-6:]}{where}: {reason}"[:ERROR_CHARS_MAX]
     if counts:
-        where = f" on {replica.kernels[0].agent_name}" if replica.kernels else ""
-        plan.errors.append(f"replica {replica.uid[-6:]}{where}: {reason}")
+        plan.errors.append(plan.last_error)
         # Five starts in a row, not five replicas of one start; a success would have cleared the errors.
         stored = 0 if plan.clear_errors else len(endpoint.errors)
         if plan.failures >= FAILURES_MAX and stored + len(plan.errors) >= FAILURES_MAX:
             plan.blocked = plan.rollout is None
+        if plan.evictions >= FAILURES_MAX:
+            plan.blocked = plan.rollout is None
+
+
+def _healthy_for(replica: ReplicaView, around: Surroundings, ms: int) -> bool:
+    return replica.was_healthy and around.now_ms - replica.healthy_since_ms >= ms
 
 
 def _is_new(endpoint: EndpointView, replica: ReplicaView) -> bool:
@@ -391,9 +415,8 @@ def _grow(endpoint: EndpointView, current: dict[str, ReplicaView], around: Surro
     missing = {revision: count for revision, count in missing.items() if count > 0}
     if not missing:
         return
-    ready_ms = plan.failed_ms + backoff_ms(plan.failures) if plan.failures else 0
-    if around.now_ms < ready_ms:
-        plan.look_at(ready_ms)
+    if around.now_ms < plan.next_start_ms:
+        plan.look_at(plan.next_start_ms)
         return
     left = CREATE_MAX
     for revision, count in missing.items():

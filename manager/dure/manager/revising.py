@@ -135,6 +135,9 @@ class Revising:
             errors=[],
             failures=0,
             failed_ms=0,
+            evictions=0,
+            evicted_ms=0,
+            last_error="",
             rollout={},
         )
         tx.session.add(row)
@@ -323,7 +326,8 @@ def stale(row: schema.Endpoint) -> errors.Conflict:
 
 
 def _clear_errors(row: schema.Endpoint) -> None:
-    row.blocked, row.errors, row.failures, row.failed_ms = False, [], 0, 0
+    row.blocked, row.errors, row.last_error = False, [], ""
+    row.failures, row.failed_ms, row.evictions, row.evicted_ms = 0, 0, 0, 0
 
 
 def _rollout(row: schema.Endpoint) -> RolloutState:

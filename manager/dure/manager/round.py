@@ -122,9 +122,12 @@ class Round:
         row = self.row
         at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
         errors = ([] if plan.clear_errors else list(row.errors)) + [f"{at} {text}" for text in plan.errors]
-        after = (errors[-ERRORS_KEPT:], plan.failures, plan.failed_ms, plan.blocked)
-        if (list(row.errors), row.failures, row.failed_ms, row.blocked) != after:
-            row.errors, row.failures, row.failed_ms, row.blocked = after
+        kept = errors[-ERRORS_KEPT:]
+        after = (plan.failures, plan.failed_ms, plan.evictions, plan.evicted_ms, plan.last_error)
+        before = (row.failures, row.failed_ms, row.evictions, row.evicted_ms, row.last_error)
+        if (list(row.errors), row.blocked, before) != (kept, plan.blocked, after):
+            row.errors, row.blocked = kept, plan.blocked
+            row.failures, row.failed_ms, row.evictions, row.evicted_ms, row.last_error = after
             self._mark()
 
     async def _roll(self, plan: Plan) -> None:
@@ -138,12 +141,8 @@ class Round:
                 f"{plan.rollback}"
             )
             self.tx.event(row.uid, "ROLLOUT_FAILED", sentence, warning=True)
-            row.revision, row.failures, row.failed_ms, row.errors = (
-                row.stable_revision,
-                0,
-                0,
-                [sentence[:4000]],
-            )
+            row.revision, row.errors = row.stable_revision, [sentence[:4000]]
+            row.failures, row.failed_ms, row.evictions, row.evicted_ms = 0, 0, 0, 0
             row.etag = new_uid()
         after = (rollout.store_state(plan.rollout), plan.stable)
         before = (row.rollout, row.stable_revision)

@@ -251,6 +251,9 @@ class Endpoint(Base):
     errors: Mapped[list[Any]]
     failures: Mapped[int]
     failed_ms: Mapped[int]
+    evictions: Mapped[int] = mapped_column(server_default="0")
+    evicted_ms: Mapped[int] = mapped_column(server_default="0")
+    last_error: Mapped[str] = mapped_column(server_default="")
     # Who owns which number: `replica_count` is the user's, `desired_replicas` the manager's. `idle` says that
     # the autoscaler, not the user, went to zero, or that what it has woken is not up yet.
     idle: Mapped[bool] = mapped_column(Boolean, server_default=false())

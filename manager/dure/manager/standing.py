@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dure.manager import rollout
 from dure.manager.model import EndpointStatus, EndpointView, ReplicaStatus, ReplicaView, Surroundings
-from dure.manager.plan import Plan, backoff_ms
+from dure.manager.plan import Plan
 from dure.manager.serving import in_route, serving_by_revision
 
 _STARTING = (ReplicaStatus.STARTING, ReplicaStatus.DEGRADED)
@@ -25,15 +25,16 @@ def standing(
         replica for replica in staying if replica.status in (ReplicaStatus.STARTING, ReplicaStatus.DEGRADED)
     ]
     errors = ([] if plan.clear_errors else list(endpoint.errors)) + plan.errors
-    last = f"; last error: {errors[-1]}" if errors else ""
+    newest = plan.last_error if plan.next_start_ms else errors[-1] if errors else ""
+    last = f"; last error: {newest}" if newest else ""
     if endpoint.deleting:
         left = leaving + around.lingering
         return E.TERMINATING, f"{left} replica(s) are still draining or stopping" if left else ""
     if plan.blocked:
-        return E.BLOCKED, (
-            f"{len(errors)} replicas in a row failed before they became healthy{last}; "
-            f"mend the cause, then run: dure endpoint retry {endpoint.name}"
-        )
+        how = f"{len(errors)} replicas in a row failed before they became healthy"
+        if plan.evictions:
+            how = f"{len(errors)} replicas in a row failed or were ended by their nodes"
+        return E.BLOCKED, f"{how}{last}; mend the cause, then run: dure endpoint retry {endpoint.name}"
     if endpoint.desired == 0:
         if endpoint.idle:
             return E.IDLE, "the autoscaler went to zero; the next request wakes it"
@@ -55,15 +56,17 @@ def standing(
     if not healthy and not starting:
         if plan.create:
             return E.PENDING, f"{sum(plan.create.values())} replica(s) are being placed{last}"
-        wait_s = max(0.0, (plan.failed_ms + backoff_ms(plan.failures) - around.now_ms) / 1000)
-        next_start = f"the next start is in {wait_s:.0f} s{last}" if not staying else ""
+        next_start = f"the next start is in {_wait_s(plan, around):.0f} s{last}" if not staying else ""
         return E.UNHEALTHY, next_start or staying[0].reason or "no replica is healthy"
     parts = [f"{len(healthy)} of {endpoint.desired} healthy"]
     if starting:
         parts.append(f"{len(starting)} starting")
     if pending:
         parts.append(f"{len(pending)} waiting for a place: {pending[0].reason or 'not tried yet'}")
-    if plan.failures and not plan.create and len(staying) < endpoint.desired:
-        wait_s = max(0.0, (plan.failed_ms + backoff_ms(plan.failures) - around.now_ms) / 1000)
-        parts.append(f"next start in {wait_s:.0f} s{last}")
-    return E.DEGRADED, ", ".join(parts)
+    if plan.next_start_ms and not plan.create and len(staying) < endpoint.desired:
+        parts.append(f"next start in {_wait_s(plan, around):.0f} s")
+    return E.DEGRADED, ", ".join(parts) + (last if plan.next_start_ms else "")
+
+
+def _wait_s(plan: Plan, around: Surroundings) -> float:
+    return max(0.0, (plan.next_start_ms - around.now_ms) / 1000)

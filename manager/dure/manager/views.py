@@ -40,6 +40,9 @@ def endpoint_view(row: schema.Endpoint) -> EndpointView:
         errors=tuple(row.errors),
         failures=row.failures,
         failed_ms=row.failed_ms,
+        evictions=row.evictions,
+        evicted_ms=row.evicted_ms,
+        last_error=row.last_error,
     )
 
 

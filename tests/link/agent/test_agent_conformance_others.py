@@ -94,7 +94,12 @@ def test_what_a_node_says_that_it_lacks_does_not_fail_it(tmp_path: Path) -> None
 
 def test_a_program_that_cannot_run(tmp_path: Path) -> None:
     done = conformance(tmp_path, "--", str(tmp_path / "missing"))
-    assert done.returncode == 1 and "cannot start" in done.stderr and "No such file" in done.stderr
+    assert done.returncode == 2 and f"there is no program `{tmp_path}/missing`" in done.stderr
+    broken = tmp_path / "broken"
+    broken.write_text("#!/nowhere/sh\n")
+    broken.chmod(0o755)
+    done = conformance(tmp_path, "--", str(broken))
+    assert done.returncode == 2 and "cannot start" in done.stderr and "No such file" in done.stderr
     done = conformance(tmp_path, "--only", "join", "--", "/bin/sh", "-c", "echo out of order; exit 3")
     assert done.returncode == 1
     assert "expected a stream with Hello after the program's start" in done.stdout
@@ -115,12 +120,14 @@ def test_list_and_usage(tmp_path: Path) -> None:
         (("--timeout", "0"), "--timeout"),
         (("--backend", "process", "--", "true"), "--backend is for this package's own agent"),
         (("-o", "yaml"), "yaml"),
+        (("--backend", "nowhere"), "there is no back end `nowhere`"),
+        (("./my-agent", "--list"), "unexpected `./my-agent`: a PROGRAM and its arguments come after `--`"),
+        (("--list", "--"), "name a PROGRAM after `--`"),
     ):
         done = conformance(tmp_path, *arguments)
         assert done.returncode == 2 and words in done.stderr, (arguments, done.stderr)
-    # The agent's own words are heard when there is no such back end.
-    done = conformance(tmp_path, "--backend", "nowhere", "--only", "join")
-    assert done.returncode == 1 and "there is no back end `nowhere`" in done.stdout
+    done = conformance(tmp_path, "--backend", "process", "--image", "i", "--only", "join")
+    assert done.returncode == 0 and "--image was not used" in done.stderr
 
 
 def plug_ins(folder: Path) -> None:

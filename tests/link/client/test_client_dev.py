@@ -83,6 +83,30 @@ def test_it_comes_up_tells_of_deaths_and_leaves_nothing(tmp_path: Path) -> None:
     asyncio.run(bounded())
 
 
+def test_a_back_end_that_is_not_there_or_not_reached_is_told(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    dure = Dure(data_dir / "context.toml", tmp_path)
+    dure.environ["DOCKER_HOST"] = f"unix://{tmp_path}/no.sock"
+
+    async def run() -> None:
+        nonsense = await dure("dev", "--data-dir", str(data_dir), "--backend", "nonsense")
+        assert nonsense.code == 2 and "there are: docker, process" in nonsense.err
+        assert not data_dir.exists()
+        process = await dure.start("dev", "--data-dir", str(data_dir), "--backend", "docker")
+        assert process.stderr is not None
+        while b"waiting for agents and proxy to connect" not in (line := await process.stderr.readline()):
+            assert line
+        assert b"agent-1: warning: waiting for the container engine" in await process.stderr.readline()
+        await _stop(process)
+        await until(lambda: not _left(data_dir))
+
+    async def bounded() -> None:
+        async with asyncio.timeout(90):
+            await run()
+
+    asyncio.run(bounded())
+
+
 def test_programs_that_outlived_dev_are_taken_over(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     dure = Dure(data_dir / "context.toml", tmp_path)

@@ -310,7 +310,7 @@ def test_validate_streams_and_says_how_it_ended(tmp_path: Path) -> None:
         for result, health, last, code in (
             ("FINISHED", "HEALTHY", "Finished: HEALTHY", 0),
             ("FINISHED", "UNHEALTHY", "Finished: UNHEALTHY", 1),
-            ("FAILED", "UNKNOWN", "Failed: UNKNOWN", 1),
+            ("FAILED", "UNKNOWN", "Failed: the probe answered 200", 1),
             ("TIMED_OUT", "DEGRADED", "Timed out: DEGRADED", 1),
         ):
             fake.validation = pieces(result, health)
@@ -321,7 +321,7 @@ def test_validate_streams_and_says_how_it_ended(tmp_path: Path) -> None:
         fake.validation = pieces("FINISHED", "UNKNOWN")
         dry = await dure.ok(*validate, "--dry-run", "--timeout", "9s")
         assert fake.validations[-1].dry_run and fake.validations[-1].timeout.seconds == 9
-        assert dry.out.splitlines()[-1] == "Finished: UNKNOWN"
+        assert dry.out.splitlines()[-1] == "Finished: the probe answered 200"
         documents = (await dure.ok(*validate, "--dry-run", "-o", "json")).out.splitlines()
         assert json.loads(documents[-1])["outcome"]["result"] == "FINISHED"
         nope = await dure("endpoint", "validate", "--model", "nope")
@@ -358,6 +358,12 @@ def test_explain_and_describe(tmp_path: Path) -> None:
         described = (await dure.ok("endpoint", "get", "chat")).out
         for piece in ("Kernels", "sub1", "waits for main1", "PORT_NOT_BOUND: port", "agent-1,agent-2"):
             assert piece in described
+        assert "Profile:" in described and "replicas have" not in described
+        item.replicas[0].kernels[0].security_profile = endpoint_pb2.SECURITY_PROFILE_STRICT
+        held_to_more = (await dure.ok("endpoint", "get", "chat")).out
+        assert "default; replicas have strict" in " ".join(held_to_more.split())
+        header, row = (await dure.ok("endpoint", "replicas", "chat", "-o", "wide")).out.splitlines()
+        assert "PROFILE" in header.split() and "strict" in row.split()
         for piece in ("TOKEN=$(dure token create chat", "Authorization: BackendAI $TOKEN", "2 kernels"):
             assert piece in described
         fake.explanation.summary = "no node has 4 GPUs"

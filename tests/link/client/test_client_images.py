@@ -35,7 +35,7 @@ def test_registries(tmp_path: Path) -> None:
             key, "registry", "set", "index.docker.io", "-u", "json", "--password-stdin", "-o", "json"
         )
         assert document.json["name"] == "projects/default/registries/docker.io"
-        assert document.json["password"] == ""
+        assert "password" not in document.json
         assert fake.registries["projects/default/registries/docker.io"].password == key.decode()[:-1]
         table = (await dure.ok("registry", "list")).out
         assert table.splitlines()[0].split() == ["HOST", "AGE", "SET", "USERNAME"]

@@ -236,11 +236,11 @@ def test_strict_is_what_the_endpoint_or_its_group_asks_for(tmp_path: Path) -> No
             assert spec.image_pull_policy == fleet_pb2.IMAGE_PULL_POLICY_ALWAYS
             await admin.endpoints.create("b", model="m", security_profile="strict")
             await waits_with(
-                admin, "b", "plain: its back end cannot do the security profile STRICT", "endpoint"
+                admin, "b", "plain: its back end cannot do the security profile `strict`", "endpoint"
             )
             await admin.groups.update("default", security_profile=SECURITY_PROFILE_STRICT)
             await admin.endpoints.create("c", model="m")
-            await waits_with(admin, "c", "STRICT, which the resource group `default` asks for")
+            await waits_with(admin, "c", "`strict`, which the resource group `default` asks for")
             profiles = [fleet_pb2.SECURITY_PROFILE_DEFAULT, STRICT]
             async with agent(running, admin, "able", security_profiles=profiles) as able:
                 assert (await able.spec_of("b")).security_profile == STRICT
@@ -281,3 +281,56 @@ def _profiles(agents: list[Agent], endpoint: str) -> list[int]:
 
 def _specs(agents: list[Agent], endpoint: str) -> list[fleet_pb2.KernelSpec]:
     return [spec for one in agents for spec in one.specs.values() if spec.endpoint == endpoint]
+
+
+def test_a_session_without_an_image_waits_where_nodes_run_images(tmp_path: Path) -> None:
+    async def body(running: Inside, admin: Client) -> None:
+        await model_folder(admin, tmp_path / "folder")
+        async with agent(running, admin, "boxes", runs_images=True, architecture="x86_64") as boxes:
+            await admin.endpoints.create("a", model="m")
+            await waits_with(admin, "a", "boxes: it runs sessions in images, and the endpoint has none")
+            said = await admin.endpoints.explain("a")
+            assert list(said.advice) == ["give it an image: dure endpoint update a --image IMAGE"]
+            await admin.endpoints.update("a", image="example.com/a:1", architecture="x86_64")
+            assert (await boxes.spec_of("a")).image == "example.com/a:1"
+            await admin.endpoints.create("b", model="m", resource_slots={"cpu": "64"})
+            async with agent(running, admin, "plain") as plain:
+                # Of a mixed group those that run processes take it.
+                await admin.endpoints.create("c", model="m")
+                assert (await plain.spec_of("c")).image == ""
+            said = await admin.endpoints.explain("b")
+            assert said.advice[0] == "ask for less cpu: the largest node, boxes, has 8"
+
+    with_inside(tmp_path / "manager", body)
+
+
+def test_what_a_node_ended_is_kept_until_it_is_mended(tmp_path: Path) -> None:
+    async def body(running: Inside, admin: Client) -> None:
+        await model_folder(admin, tmp_path / "folder")
+        async with agent(running, admin, "n") as node:
+            await node.devices(gpu("g1"))
+            await admin.endpoints.create("e", model="m", resource_slots=HALF)
+            said = "it held 9 GiB of GPU g1"
+            for count in (1, 2):
+                uid = (await node.spec_of("e")).uid
+                of = {"uid": uid, "generation": 1, "host": "127.0.0.1", "port": 9}
+                running_phase, exited = fleet_pb2.KERNEL_PHASE_RUNNING, fleet_pb2.KERNEL_PHASE_EXITED
+                await node.report(phase=running_phase, health=fleet_pb2.KERNEL_HEALTH_HEALTHY, **of)
+                await until(lambda: _has_replica(admin, endpoint_pb2.REPLICA_STATUS_HEALTHY))
+                ended = fleet_pb2.KernelExit(reason="GPU_MEMORY_EXCEEDED", code=-1, message=said)
+                await node.report(phase=exited, exit=ended, **of)
+                await until(lambda uid=uid: _is(lambda: uid not in node.specs))
+                await until(lambda count=count: _has_errors(admin, count))
+            found = await admin.endpoints.get("e")
+            assert f"last error: replica {found.errors[-1].split()[3]} on n: {said}" in found.status_reason
+            assert (await admin.endpoints.retry("e")).errors == []
+
+    with_inside(tmp_path / "manager", body)
+
+
+async def _has_replica(client: Client, status: endpoint_pb2.ReplicaStatus.ValueType) -> bool:
+    return any(replica.status == status for replica in (await client.endpoints.get("e")).replicas)
+
+
+async def _has_errors(client: Client, count: int) -> bool:
+    return len((await client.endpoints.get("e")).errors) == count

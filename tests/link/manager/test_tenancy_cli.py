@@ -167,7 +167,9 @@ def test_the_catalog(tmp_path: Path) -> None:
             dure.ok("image", "list", "-o", "yaml"),
             dure.ok("preset", "get", "small"),
         )
-        assert groups.out.splitlines()[1].split()[:4] == ["big", "pack", "0", "all"]
+        header, row = groups.out.splitlines()[:2]
+        assert row.split()[:4] == ["big", "pack", "0", "all"]
+        assert "PROFILE" in header and "PROXY GROUP" not in header and "strict" in row.split()
         assert presets.out.splitlines()[1].split()[:4] == ["small", "cpu=2", "1", "GiB"]
         assert yaml.safe_load(images.out)["images"][0]["reference"] == "example.com/server:1"
         assert "Slots:            cpu=2" in one.out

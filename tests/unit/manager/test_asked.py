@@ -168,3 +168,16 @@ def test_numbers() -> None:
     assert [violation.field for violation in violations] == [
         "endpoint.priority", "endpoint.priority", "endpoint.cluster_size", "endpoint.shared_memory"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "image", ["dure-test@sha256:12", "a/b:1@sha256:" + "G" * 64, "a@md5:1", "a@", "a@b@c"]
+)
+def test_a_digest_that_is_none_is_refused(image: str) -> None:
+    violations: list[Violation] = []
+    asked.image(endpoint_pb2.Endpoint(image=image), violations)
+    assert [(violation.field, "64 hex" in violation.description) for violation in violations] == [
+        ("endpoint.image", True)
+    ]
+    asked.image(endpoint_pb2.Endpoint(image="a/b:1@sha256:" + "0a" * 32), fine := [])
+    assert not fine

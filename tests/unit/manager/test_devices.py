@@ -327,3 +327,26 @@ def test_refusals_are_told() -> None:
     assert "(1 GPU out of order: fell off the bus)" in str(fit({SHARES: 1500}, "", sick, []))
     assert fit({SHARES: 10}, "", [], []) == "cuda.shares: no GPU, 0.01 wanted"
     assert fit({}, "mig", [], []) == ()
+
+
+def test_of_parts_it_is_told_whether_they_are_taken_or_too_small() -> None:
+    devices = [gpu("a"), part("p1", "b", 420), part("p2", "b", 280)]
+    refused = "{}, {} wanted, `mig` is required"
+
+    def told(wanted: int, *grants: Grant) -> object:
+        return fit({SHARES: wanted}, enforcement.MIG, devices, grants)
+
+    largest = "cuda.shares: the largest part of a GPU in MIG mode is 0.42"
+    assert told(500) == refused.format(largest, "0.50")
+    assert told(500, held(("p1", 100)), held(("p2", 100))) == refused.format(largest, "0.50")
+    free = "cuda.shares: the largest free part of a GPU in MIG mode is 0.28"
+    assert told(400, held(("p1", 100))) == refused.format(free, "0.40")
+    taken = "cuda.shares: all 2 parts of GPUs in MIG mode are taken"
+    assert told(200, held(("p1", 100)), held(("p2", 100))) == refused.format(taken, "0.20")
+    one = [gpu("a"), part("p1", "b", 420)]
+    assert "the only part of a GPU in MIG mode is taken" in str(
+        fit({SHARES: 100}, enforcement.MIG, one, [held(("p1", 10))])
+    )
+    assert "enforce `none`, `mig` is required" in str(
+        fit({SHARES: 100}, enforcement.MIG, [gpu("a"), gpu("b")], [])
+    )

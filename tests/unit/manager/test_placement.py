@@ -160,6 +160,11 @@ def test_a_node_is_filled_by_what_a_part_takes_away() -> None:
 SMALL = {CPU: 1_000, MEM: 1_000}
 
 
+def no_place(found: Placed | NoPlace) -> NoPlace:
+    assert isinstance(found, NoPlace)
+    return found
+
+
 def places(result: Placed | NoPlace) -> list[str]:
     assert isinstance(result, Placed), result
     return [kernel.node.name for kernel in result.kernels]
@@ -212,12 +217,21 @@ def test_what_no_free_room_would_change_is_said() -> None:
     ]
     result = dict(explain(Request(SMALL, "default", needs_image=True), [arm]))
     assert "runs no images" in result["arm"]
+    images = replace(arm, runs_images=True)
+    bare = Request(SMALL, "default", has_image=False)
+    assert explain(bare, [images, plain]) == [
+        ("arm", "it runs sessions in images, and the endpoint has none: give it one with --image"),
+        ("plain", ""),
+    ]
+    # Of a mixed group it takes the nodes that run processes.
+    assert places(place(bare, [images, plain])) == ["plain"]
+    assert "the endpoint has none" in no_place(place(bare, [images])).sentence(bare)
     strict = replace(plain, name="strict", runs_strict=True)
     asked = Request(SMALL, "default", strict="the resource group `gpus`")
     assert explain(asked, [plain, strict]) == [
         (
             "plain",
-            "its back end cannot do the security profile STRICT, which the resource group `gpus` asks for",
+            "its back end cannot do the security profile `strict`, which the resource group `gpus` asks for",
         ),
         ("strict", ""),
     ]

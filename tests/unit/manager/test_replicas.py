@@ -12,6 +12,7 @@ from dure.manager.replicas import (
     DRAIN_GRACE_MS,
     FAILURES_MAX,
     LOST_KEEP_MS,
+    PROVEN_MS,
     STABLE_MS,
     UNHEALTHY_GRACE_MS,
 )
@@ -94,6 +95,63 @@ def test_a_gpu_that_is_lost_does_not_count_and_what_the_replica_did_does() -> No
         world.run()
         assert world.endpoint.failures == 1
         assert len(world.endpoint.errors) == 1
+
+
+def _evict(world: World, healthy_ms: int, reason: str = "GPU_MEMORY_EXCEEDED") -> None:
+    """A replica starts as soon as one may, is healthy for that long, and its node ends it."""
+    plan = world.run()
+    if not world.living():
+        assert plan.look_again_ms is not None
+        world.now_ms = plan.look_again_ms
+    world.now_ms += 1_000
+    world.all_healthy()
+    world.now_ms += healthy_ms
+    world.run()
+    world.crash(world.living()[0].uid, reason)
+    world.run()
+
+
+@given(st.sampled_from(["GPU_MEMORY_EXCEEDED", "ENFORCEMENT_FAILED"]), st.integers(0, PROVEN_MS - 1))
+@settings(max_examples=30)
+def test_what_nodes_end_again_and_again_is_blocked_although_it_was_healthy(reason: str, ms: int) -> None:
+    world = World(desired=1)
+    for count in range(1, FAILURES_MAX):
+        _evict(world, ms, reason)
+        assert (world.endpoint.blocked, world.endpoint.evictions) == (False, count)
+        assert world.plan.look_again_ms == world.now_ms + backoff_ms(count)
+        assert "the next start is in" in world.plan.reason
+        assert "exited with 3; last log lines: boom" in world.plan.reason
+    _evict(world, ms, reason)
+    assert world.plan.status is EndpointStatus.BLOCKED
+    assert "5 replicas in a row failed or were ended by their nodes; last error: replica" in world.plan.reason
+
+
+@given(st.integers(PROVEN_MS, PROVEN_MS * 100))
+@settings(max_examples=30)
+def test_a_replica_that_stayed_for_long_ends_a_series_of_evictions(ms: int) -> None:
+    world = World(desired=1)
+    for _ in range(FAILURES_MAX - 1):
+        _evict(world, 30_000)
+    assert len(world.endpoint.errors) == FAILURES_MAX - 1
+    _evict(world, ms)
+    assert (world.endpoint.evictions, world.endpoint.errors, world.endpoint.blocked) == (0, (), False)
+
+
+def test_who_waits_for_the_next_start_tells_the_last_error() -> None:
+    world = World(desired=1)
+    world.all_healthy()
+    world.crash(world.living()[0].uid, "OOM")
+    world.run()
+    assert world.plan.status is EndpointStatus.UNHEALTHY
+    assert world.plan.reason.startswith("the next start is in 1 s; last error: replica r0001 on a1: exited")
+    world.now_ms += 1_000
+    world.run()
+    assert world.plan.status is EndpointStatus.DEGRADED
+    assert world.plan.reason.startswith("0 of 1 healthy, 1 starting; last error: replica r0001")
+    world.all_healthy()
+    world.now_ms += STABLE_MS
+    world.run()
+    assert (world.plan.status, world.plan.reason) == (EndpointStatus.HEALTHY, "")
 
 
 def test_one_wave_of_failures_does_not_block() -> None:

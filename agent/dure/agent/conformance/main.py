@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,11 +16,28 @@ from dure.agent.conformance import report, suite
 from dure.agent.conformance.check import Check
 from dure.agent.conformance.checks import CHECKS
 from dure.agent.conformance.outcome import Outcome, Result
+from dure.agent.options import known_backend
 
 _NAME_WIDTH = max(len(check.name) for check in CHECKS)
 
 
-@click.command(name="conformance", context_settings={"help_option_names": ["-h", "--help"]})
+class _AfterDashes(click.Command):
+    """What stands after `--` is the program; nothing but options stands before."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        rest = super().parse_args(ctx, args[:at])
+        if stray := ctx.params["program"]:
+            raise click.UsageError(
+                f"unexpected `{stray[0]}`: a PROGRAM and its arguments come after `--`", ctx
+            )
+        ctx.params["program"] = tuple(args[at + 1 :])
+        if at < len(args) and not ctx.params["program"]:
+            raise click.UsageError("name a PROGRAM after `--`", ctx)
+        return rest
+
+
+@click.command(name="conformance", cls=_AfterDashes, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--backend", default="", help="Back end of this package's own agent.")
 @click.option("--image", default="", help="Image that the kernels run in, for agents that run images.")
 @click.option("--only", multiple=True, metavar="CHECK", help="Only this check; may be repeated.")
@@ -58,13 +76,17 @@ def conformance(
     stream and kills it. In the arguments of PROGRAM {manager}, {join_token}, {name} and {data_dir} are
     replaced; it finds the same in DURE_MANAGER, DURE_JOIN_TOKEN, DURE_AGENT_NAME and DURE_DATA_DIR.
 
-    Kernels run in IMAGE if the agent runs images: it needs /bin/sh, python3 with its standard library, and
-    the usual commands (cat, df, grep, id, ls, sleep, stat, touch).
+    Kernels run in the image if the agent runs images: it needs /bin/sh, python3 with its standard library,
+    and cat, df, grep, head, id, ls, sleep, stat, tail, touch. Put it on the node beforehand.
 
-    Exit code 0 if no check failed, 1 if one did.
+    Exit code 0 if no check failed, 1 if one did, 2 for wrong usage.
     """
     if program and backend:
         raise click.UsageError("--backend is for this package's own agent; a PROGRAM has options of its own")
+    if backend:
+        known_backend(backend)
+    if program and shutil.which(program[0]) is None:
+        raise click.UsageError(f"there is no program `{program[0]}`, or it cannot be executed")
     checks = _chosen(only)
     if listing:
         text = json.dumps(report.listing(checks), indent=2) if output == "json" else None
@@ -88,9 +110,9 @@ def conformance(
     except suite.NeedsImage as error:
         raise click.UsageError("this agent runs images: name one with --image, see --help") from error
     except OSError as error:
-        raise click.ClickException(
-            f"cannot start `{wanted.arguments[0]}`: {error.strerror or error}"
-        ) from error
+        raise click.UsageError(f"cannot start `{wanted.arguments[0]}`: {error.strerror or error}") from error
+    if image and hello is not None and not hello.runs_images:
+        click.echo("this agent runs no images: --image was not used", err=True)
     if output == "json":
         click.echo(json.dumps(report.document(hello, results), indent=2))
     else:

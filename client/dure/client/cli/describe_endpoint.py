@@ -156,7 +156,7 @@ def _asked(item: Endpoint) -> list[tuple[str, str]]:
         ("Environment", _pairs(dict(item.environ))),
         ("Image", " ".join(part for part in (item.image, item.architecture) if part)),
         ("Pull policy", str(values.get("image_pull_policy", ""))),
-        ("Profile", str(values.get("security_profile", ""))),
+        ("Profile", _profile(item)),
         ("Enforcement", f"{least} or better" if (least := item.require_enforcement) else ""),
         ("Mounts", ", ".join(mounts)),
         ("Cluster", _cluster(item)),
@@ -175,6 +175,13 @@ def _cluster(item: Endpoint) -> str:
         return ""
     where = to_manifest(item).get("cluster_mode", "single-node")
     return f"{item.cluster_size} kernels, {where}"
+
+
+def _profile(item: Endpoint) -> str:
+    """With what replicas have where their resource group holds them to more."""
+    asked = tables.status_word(item, "security_profile").lower().replace("unspecified", "default")
+    have = sorted({word for replica in item.replicas if (word := tables.profile(replica))} - {asked})
+    return f"{asked}; replicas have {', '.join(have)}" if have else asked
 
 
 def _pairs(values: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
@@ -26,6 +27,14 @@ def _pool(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
         return None if text is None else parse_pool(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def _installed(_: click.Context, __: click.Parameter, name: str) -> str:
+    """Before anything is started: the agents would refuse it only then."""
+    known = sorted(entry.name for entry in entry_points(group="dure.agent.backends"))
+    if name not in known:
+        raise click.BadParameter(f"there is no back end `{name}` here; there are: {', '.join(known)}")
+    return name
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -57,6 +66,7 @@ def _pool(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     "--backend",
     default="process",
     show_default=True,
+    callback=_installed,
     help="What runs sessions: `process`, or `docker` (DOCKER_HOST names its socket).",
 )
 def dev(
@@ -129,9 +139,10 @@ async def summarise(cluster: DevCluster) -> None:
     ]
     if named and Path(named).resolve() != own:
         lines.append(f"  export DURE_CONTEXT_FILE={own}")
+    image = "" if plan.backend == "process" else "--image IMAGE "
     lines += [
         "  dure folder create mymodel --usage model && dure folder upload mymodel DIR",
-        "  dure endpoint create chat --model mymodel -r cpu=1 -r mem=1g -r cuda.shares=0.5 --wait",
+        f"  dure endpoint create chat --model mymodel {image}-r cpu=1 -r mem=1g -r cuda.shares=0.5 --wait",
         "  dure token create chat --expires 1h",
         "",
         "Ctrl-C stops everything, sessions included.",

@@ -54,7 +54,7 @@ async def validate(shell: Shell, name: str, model: str, dry_run: bool, timeout_s
                         outcome = piece.outcome
                     sys.stdout.flush()
     if not shell.output:
-        if outcome.detail != said:
+        if outcome.health != endpoint_pb2.HEALTH_UNKNOWN and outcome.detail not in said:
             _tell(shell, clean(outcome.detail))
         _last_word(shell, outcome)
     return 0 if _passed(outcome, dry_run) else 1
@@ -113,10 +113,11 @@ def _passed(outcome: ValidationOutcome, dry_run: bool) -> bool:
 
 
 def _last_word(shell: Shell, outcome: ValidationOutcome) -> None:
-    """A line that scripts can look for: `Finished: HEALTHY`."""
+    """A line that scripts can look for: `Finished: HEALTHY`, or what was found where nothing ran for long."""
     result = enum_word(endpoint_pb2.ValidationResult.DESCRIPTOR, outcome.result)
     health = enum_word(endpoint_pb2.Health.DESCRIPTOR, outcome.health)
     word = {"FINISHED": "Finished", "FAILED": "Failed", "TIMED_OUT": "Timed out"}.get(result, result)
-    text = f"{word}: {health}"
+    found = clean(outcome.detail.partition("; last log lines: ")[0])
+    text = f"{word}: {found if health == 'UNKNOWN' and found else health}"
     good = health == "HEALTHY" or (word == "Finished" and health == "UNKNOWN")
     click.echo(click.style(text, fg="green" if good else "red", bold=True), color=shell.color)

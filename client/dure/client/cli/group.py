@@ -148,11 +148,14 @@ async def delete(shell: Shell, name: str) -> None:
 
 def _table(items: Sequence[ResourceGroup], wide: bool) -> Table:
     now = datetime.now(UTC)
-    header = ["NAME", "POLICY", "AGENTS", "PROJECTS", "AGE"] + (["PROXY GROUP", "PROFILE"] if wide else [])
+    profiles = [tables.status_word(item, "security_profile").lower() for item in items]
+    told = wide or any(profile != "default" for profile in profiles)
+    header = ["NAME", "POLICY", "AGENTS", "PROJECTS", "AGE"] + (["PROXY GROUP"] if wide else [])
+    header += ["PROFILE"] if told else []
     rows = []
-    for item in items:
+    for item, profile in zip(items, profiles, strict=True):
         row = [tables.last(item.name), tables.status_word(item, "policy").lower(), str(item.agents)]
         row += [", ".join(item.allowed_projects) or "all", age(item.create_time, now)]
-        profile = tables.status_word(item, "security_profile").lower()
-        rows.append([*row, *([item.proxy_group, profile] if wide else []), item.description])
+        row += [item.proxy_group] if wide else []
+        rows.append([*row, *([profile] if told else []), item.description])
     return Table([*header, "DESCRIPTION"], list(rows))

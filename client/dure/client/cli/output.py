@@ -12,14 +12,18 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+# Never in an answer, where it would be empty and look as if it were not set.
+_WRITE_ONLY = frozenset({"dure.v1.Registry.password"})
+
 
 def to_value(message: Message) -> dict[str, Any]:
     """A message as plain values.
 
     64-bit integers are numbers, times RFC 3339 text, durations text such as `1.5s`; what has presence and is
-    not set is None.
+    not set is None. What is only ever written is left out.
     """
-    return {field.name: _field(message, field) for field in message.DESCRIPTOR.fields}
+    fields = (field for field in message.DESCRIPTOR.fields if field.full_name not in _WRITE_ONLY)
+    return {field.name: _field(message, field) for field in fields}
 
 
 def dumps(value: Any, form: str) -> str:

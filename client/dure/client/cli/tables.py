@@ -149,7 +149,7 @@ def replicas(items: Sequence[Replica], wide: bool = False, now: datetime | None 
     now = now or datetime.now(UTC)
     header = ["ID", "REV", "NODE", "SHARES", "STATUS", "PROBE", "AGE"]
     if wide:
-        header += ["PID", "TARGET", "SESSION", "DEVICES", "ENFORCED", "UID"]
+        header += ["PID", "TARGET", "SESSION", "DEVICES", "ENFORCED", "PROFILE", "UID"]
     rows = []
     for item in items:
         row = [
@@ -164,9 +164,15 @@ def replicas(items: Sequence[Replica], wide: bool = False, now: datetime | None 
         if wide:
             devices = ",".join(f"{share.device}={share.amount}" for share in item.devices)
             row += [str(item.pid) if item.pid else "", item.target, item.session, devices]
-            row += [item.enforcement, item.uid]
+            row += [item.enforcement, profile(item), item.uid]
         rows.append([*row, item.reason or item.probe.detail])
     return Table([*header, "REASON"], list(rows), status=4)
+
+
+def profile(item: Replica) -> str:
+    """What its containers may do: `default`, `strict`; empty before it has a place."""
+    words = (status_word(kernel, "security_profile").lower() for kernel in item.kernels)
+    return ",".join(dict.fromkeys(word for word in words if word != "unspecified"))
 
 
 def nodes(item: Replica) -> str:

@@ -23,6 +23,8 @@ from dure.wire import identity, programs
 from dure.wire.errors import DureError
 
 START_S = 30.0
+# Who starts it is told what is waited for after so long.
+PATIENCE_S = 3.0
 POLL_S = 0.1
 COME_BACK_POLL_S = 1.0
 MANAGER_STOP_S = 10.0
@@ -227,6 +229,8 @@ class DevCluster:
         self, ready: Callable[[], Coroutine[Any, Any, bool]], what: str, needed: list[Program]
     ) -> None:
         newest: DureError | None = None
+        loop = asyncio.get_running_loop()
+        silent_until_s: float | None = loop.time() + PATIENCE_S
         try:
             async with asyncio.timeout(START_S):
                 while True:
@@ -239,6 +243,12 @@ class DevCluster:
                         process = self._running[program.name]
                         if not process.alive:
                             raise StartFailed(f"{program.name} {process.how}{self._log_tail(program)}")
+                    if silent_until_s is not None and loop.time() >= silent_until_s:
+                        silent_until_s = None
+                        self._say(f"waiting for {what}, for {START_S:g} s at most")
+                        for program in needed:
+                            if program.kind == "agent" and (lines := self._last_lines(program)):
+                                self._say(f"  {program.name}: {lines[-1]}")
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             tails = "".join(f"\n{program.name}:{self._log_tail(program)}" for program in needed)
@@ -246,9 +256,11 @@ class DevCluster:
             raise StartFailed(f"waited {START_S:g} s for {what}{because}{tails}") from None
 
     def _log_tail(self, program: Program) -> str:
+        return "".join(f"\n  {line}" for line in self._last_lines(program)) or "; it left no log"
+
+    def _last_lines(self, program: Program) -> list[str]:
         data_dir = self.plan.data_dir
-        lines = last_lines(programs_log(data_dir, program.name), _output(data_dir, program.name))
-        return "".join(f"\n  {line}" for line in lines) or "; it left no log"
+        return last_lines(programs_log(data_dir, program.name), _output(data_dir, program.name))
 
     async def _attend(self, program: Program) -> None:
         while True:
