@@ -49,7 +49,7 @@ REAP_S = 60.0
 REMOVAL_S, REMOVAL_LOOKS = 1.0, 5
 # 128 + SIGKILL.
 KILLED = 137
-OOM_S, OOM_LOOKS = 0.4, 8
+OOM_S, OOM_LOOKS = 0.2, 4
 PAUSED = "its container is paused: `docker unpause` lets it go on"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
