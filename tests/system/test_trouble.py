@@ -27,8 +27,8 @@ def healthy(dure: Cluster, count: int) -> dict[str, Any] | None:
 
 def assert_answered(counts: collections.Counter[str]) -> None:
     """All requests that could be repeated were. A POST that a replica, or an engine's proxy for it, has taken
-    must not be: of those that were under way when it was killed, or came before the engine closed its port, some
-    are lost."""
+    must not be: of those that were under way when it was killed, or came before the engine closed its port,
+    some are lost."""
     failed = {told: count for told, count in counts.items() if told != "200"}
     lost = {told for told in failed if told.startswith("POST") and "upstream_closed" in told}
     assert sum(failed.pop(told) for told in lost) <= 12, counts
