@@ -70,9 +70,38 @@ def is_readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
+def in_daemon(function: Callable[[], _T], name: str, back: Callable[[], object]) -> asyncio.Future[_T]:
+    """The answer to come of a blocking call that may never come back: in a daemon thread of its own, for
+    which neither the loop nor the end of the program waits. `back` is called on the loop when it has come
+    back, whether or not anybody still wants the answer."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[_T] = loop.create_future()
+
+    def deliver(result: _T | None, error: Exception | None) -> None:
+        back()
+        if answer.done():
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(result)  # type: ignore[arg-type]
+
+    def work() -> None:
+        result, raised = None, None
+        try:
+            result = function()
+        except Exception as error:
+            raised = error
+        # The loop may be closed when a late call comes back.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(deliver, result, raised)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return answer
+
+
 class Background:
-    """Runs blocking calls, one at a time, each in a daemon thread: one that never comes back holds up nobody,
-    neither the loop nor the end of the program. It only keeps the next from being tried."""
+    """Runs blocking calls, one at a time: one that never comes back only keeps the next from being tried."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -82,29 +111,10 @@ class Background:
         """Raises TimeoutError after `limit_s`, or at once if the call before has not come back yet."""
         if self._busy:
             raise TimeoutError("the call before has not come back yet")
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[_T] = loop.create_future()
-
-        def deliver(result: _T | None, error: Exception | None) -> None:
-            self._busy = False
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)  # type: ignore[arg-type]
-
-        def work() -> None:
-            result, raised = None, None
-            try:
-                result = function()
-            except Exception as error:
-                raised = error
-            # The loop may be closed when a late call comes back.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(deliver, result, raised)
-
+        answer = in_daemon(function, self._name, self._back)
         self._busy = True
-        threading.Thread(target=work, name=self._name, daemon=True).start()
         async with asyncio.timeout(limit_s):
             return await answer
+
+    def _back(self) -> None:
+        self._busy = False

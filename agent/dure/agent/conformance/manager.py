@@ -52,7 +52,6 @@ class Stream:
     began_s: float
     outbox: asyncio.Queue[fleet_pb2.ConnectResponse | None]
     hello: fleet_pb2.Hello | None = None
-    hello_s: float = 0.0
     # Kernels of the full report, and when it was complete; 0 while it is not.
     reported: dict[str, fleet_pb2.KernelStatus] = field(default_factory=dict)
     complete_s: float = 0.0
@@ -264,7 +263,7 @@ class Manager(fleet_pb2_grpc.FleetServiceServicer):
             if (kind == "hello") != (stream.hello is None):
                 self._broken("2.1", f"`{kind}` came {'before' if stream.hello is None else 'after'} Hello")
             if kind == "hello":
-                stream.hello, stream.hello_s = request.hello, time.monotonic()
+                stream.hello = request.hello
                 self._welcome(stream)
             elif kind == "observed":
                 self._observe(request.observed, stream)

@@ -7,15 +7,15 @@ it are daemons, and there are never more than CALLS_MAX of them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import docker
 from docker.errors import APIError, DockerException, NotFound
 from requests.exceptions import RequestException
+
+from dure.agent.waiting import in_daemon
 
 CALLS_MAX = 8
 QUICK_S = 10.0
@@ -68,11 +68,12 @@ class Engine:
     ) -> _T:
         """The function's result. With `whole` a caller that is cancelled waits for the end first: what the
         call makes must be there, or not, when the caller cleans up. Raises EngineError."""
-        answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(limit_s) as limit:
                 await self._slots.acquire()
-                self._begin(function, limit_s, answer)
+                answer = in_daemon(lambda: function(self._client(limit_s)), "docker", self._slots.release)
+                # Nobody may be left who would ask how it ended.
+                answer.add_done_callback(lambda done: done.cancelled() or done.exception())
                 try:
                     return await asyncio.shield(answer)
                 except asyncio.CancelledError:
@@ -87,35 +88,6 @@ class Engine:
             raise Refusal(_words(error), error.status_code or 0) from error
         except (RequestException, DockerException) as error:
             raise NoAnswer(f"the container engine at {self.url} does not answer: {_cause(error)}") from error
-        finally:
-            # Nobody may be left who would ask how it ended.
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-    def _begin(
-        self, function: Callable[[docker.APIClient], _T], limit_s: float, answer: asyncio.Future[_T]
-    ) -> None:
-        loop = asyncio.get_running_loop()
-
-        def deliver(result: Any, error: Exception | None) -> None:
-            self._slots.release()
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)
-
-        def work() -> None:
-            result, raised = None, None
-            try:
-                result = function(self._client(limit_s))
-            except Exception as error:
-                raised = error
-            # The loop may be closed when a late call comes back.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(deliver, result, raised)
-
-        threading.Thread(target=work, name="docker", daemon=True).start()
 
     def _client(self, limit_s: float) -> docker.APIClient:
         client = self._clients.get(limit_s)
